@@ -1,0 +1,123 @@
+"""What an engine step does, as a value."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace.core.request import SequenceId
+
+
+class Phase(Enum):
+    """What a work item computes."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Interrupt(Enum):
+    """Where a running item may be stopped."""
+
+    NONE = "none"
+    LAYER = "layer"
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkItem:
+    """A rectangle in token x layer space of one sequence.
+
+    Attributes:
+        sequence_id: Whose work it is.
+        phase: What it computes.
+        tokens: Half-open range of token indices whose KV the item computes.
+        layers: Half-open range of layers.
+        sample: Whether the last token's logits choose a token.
+        lane: Device share the item runs on.
+        graph_key: Captured graph to replay, if any.
+        pack_row: Row of the packed batch, if packing chose one.
+        interrupt: Where the item may be stopped.
+    """
+
+    sequence_id: SequenceId
+    phase: Phase
+    tokens: tuple[int, int]
+    layers: tuple[int, int]
+    sample: bool
+    lane: int = 0
+    graph_key: str | None = None
+    pack_row: int | None = None
+    interrupt: Interrupt = Interrupt.NONE
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this item."""
+        return self.tokens[1] - self.tokens[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """Everything one step does; made without side effects, then applied.
+
+    Attributes:
+        items: Work of the step, in the order it is packed.
+        evict: Running sequences that give up their blocks and are recomputed later.
+        wake_at: Time at which to plan again when there are no items; None waits for an event.
+    """
+
+    items: tuple[WorkItem, ...] = ()
+    evict: tuple[SequenceId, ...] = ()
+    wake_at: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by the step."""
+        return sum(item.num_tokens for item in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceView:
+    """What a scheduling policy may know of a sequence.
+
+    Attributes:
+        arrival: Order of arrival in this engine, from 0; kept over preemption.
+        num_tokens: Tokens known: prompt and output.
+        num_computed: Leading tokens whose KV is present.
+        num_blocks: Blocks its table holds.
+        is_running: Whether it holds blocks and takes part in steps; the others wait.
+        can_evict: Whether it may be preempted (a sequence whose KV is being pushed may not).
+        deadline_s: Deadline on the engine's clock.
+    """
+
+    sequence_id: SequenceId
+    arrival: int
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+    is_running: bool
+    can_evict: bool = True
+    deadline_s: float = float("inf")
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens whose KV is still to be computed; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerView:
+    """What a scheduling policy may know of an engine.
+
+    Attributes:
+        sequences: All schedulable sequences, in any order.
+        num_free_blocks: Blocks that can be taken now: free ones and cached ones nobody uses.
+        block_tokens: Tokens per block.
+        num_layers: Layers of the model.
+        token_budget: Most tokens of one step.
+        max_running: Most sequences that may hold blocks.
+    """
+
+    sequences: tuple[SequenceView, ...] = field(default=())
+    num_free_blocks: int
+    block_tokens: int
+    num_layers: int
+    token_budget: int
+    max_running: int

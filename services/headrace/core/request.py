@@ -1,0 +1,105 @@
+"""What a client asks for, and what a worker sees of it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+SequenceId = NewType("SequenceId", str)
+"""Unique over the cluster: the request's id and the choice's index."""
+
+PROTOCOL_VERSION = 1
+"""Version of proto/headrace/v1 that this code speaks; peers of another are refused."""
+
+
+class FinishReason(Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens; ranges are checked by `core.validate`.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: Keep the k most likely tokens; None keeps all.
+        top_p: Keep the smallest set with at least this probability.
+        min_p: Keep tokens with at least this share of the best probability.
+        repetition_penalty: Divides (positive) or multiplies (negative) logits of seen tokens.
+        presence_penalty: Subtracted once from logits of generated tokens.
+        frequency_penalty: Subtracted per occurrence from logits of generated tokens.
+        logit_bias: Pairs (token id, addend).
+        max_tokens: Most tokens to generate.
+        min_tokens: No stop token ends the answer before this many tokens.
+        stop_token_ids: Tokens that end the answer.
+        ignore_eos: Go on after the model's end-of-sequence token.
+        seed: Key of the counter-based generator.
+        logprobs: Number of most likely tokens to report per position; None reports nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """One choice of one request: tokens in, tokens out.
+
+    Attributes:
+        sequence_id: Unique over the cluster.
+        model: Name of the model.
+        prompt: Prompt token ids, at least one.
+        output: Tokens generated before a move from another worker; the answer goes on after them.
+        sampling: How to choose tokens.
+        choice: Index of this choice; part of the random generator's key.
+        deadline_unix_ms: Clock end of the request.
+        cache_salt: Separates the blocks of tenants; empty is the public root.
+    """
+
+    sequence_id: SequenceId
+    model: str
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    choice: int = 0
+    deadline_unix_ms: int
+    cache_salt: bytes = b""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and output so far."""
+        return self.prompt + self.output
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        cursor: Index in the answer, from 0.
+        token_id: Token id.
+        logprob: Log of the model's probability before temperature and penalties, if asked for.
+        top_logprobs: Pairs (token id, logprob), best first.
+        finish: Set on the last token.
+    """
+
+    cursor: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
