@@ -103,3 +103,54 @@ class Token:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A checked request: all its choices, in tokens.
+
+    Attributes:
+        prompt: Prompt token ids, at least one.
+        sampling: Shared by all choices; each choice keys the random generator with its index.
+        num_choices: Number of answers.
+        stop: Texts that end an answer and are not shown.
+        deadline_unix_ms: Clock end of the request.
+        cache_salt: Separates cached prefixes of callers; empty shares.
+    """
+
+    request_id: RequestId
+    model: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    stop: tuple[str, ...] = ()
+    deadline_unix_ms: int
+    cache_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of a finished request; `cached_tokens` were reused, not computed."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What became final of one choice.
+
+    Attributes:
+        choice: Index of the answer.
+        text: Never half a character, never part of a stop text.
+        tokens: The tokens that arrived with it.
+        finish: Set on the last piece of the choice.
+        usage: Set on the last piece of the request.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: FinishReason | None = None
+    usage: Usage | None = None

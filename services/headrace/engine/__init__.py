@@ -1,0 +1,1 @@
+"""The engine that prefill and decode share: plan, run, commit."""

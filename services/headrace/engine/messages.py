@@ -1,0 +1,171 @@
+"""What crosses between the event loop and the engine's thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from headrace.core.block import BlockHash, BlockId
+from headrace.core.request import SequenceId, SequenceSpec, Token
+from headrace.errors import HeadraceError
+
+
+class Goal(Enum):
+    """How far an engine takes a sequence."""
+
+    FIRST_TOKEN = "first_token"
+    """Compute all known tokens, sample one token, then keep the blocks until `close`."""
+    ANSWER = "answer"
+    """Generate until a finish reason, then let the blocks go to the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """The sequence has blocks for all its known tokens; the engine waits for `begin`.
+
+    Attributes:
+        block_ids: Its block table, one entry per block of known tokens.
+        num_cached_tokens: Leading tokens whose KV the local prefix cache provided; a
+            multiple of the block size and less than the number of known tokens.
+        block_hashes: Chained hashes of the full blocks of the known tokens.
+    """
+
+    sequence_id: SequenceId
+    block_ids: tuple[BlockId, ...]
+    num_cached_tokens: int
+    block_hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A chunk was computed: KV of tokens [0, num_computed) is in the pool.
+
+    Not sent while a sequence decodes.
+    """
+
+    sequence_id: SequenceId
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A token was chosen; the last one carries its finish reason."""
+
+    sequence_id: SequenceId
+    token: Token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The sequence ended without finishing; its blocks are released."""
+
+    sequence_id: SequenceId
+    error: HeadraceError
+
+
+EngineEvent: TypeAlias = Admitted | Progress | Sampled | Failed
+EventSink: TypeAlias = Callable[[EngineEvent], None]
+"""Called on the engine's thread; must only hand the event over (`call_soon_threadsafe`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Ask for blocks for all known tokens of a sequence; answered by Admitted or Failed."""
+
+    spec: SequenceSpec
+    goal: Goal
+    sink: EventSink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begin:
+    """Start computing an admitted sequence.
+
+    Attributes:
+        num_present: Leading tokens whose KV is in its blocks now (local cache, fetched, or
+            pushed by a peer). If it is the number of known tokens, `first` must be given.
+        first: The token sampled elsewhere after the last known token; decoding goes on after it.
+            The engine emits it as its first Sampled event (it may already finish the sequence).
+    """
+
+    sequence_id: SequenceId
+    num_present: int
+    first: Token | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Close:
+    """End a sequence in any state and drop its lease; unknown ids are ignored."""
+
+    sequence_id: SequenceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Keep cached blocks in place under a lease of their own while a transfer reads them.
+
+    Attributes:
+        reply: Called on the engine's thread with the leading blocks still present, maybe none.
+    """
+
+    lease_id: str
+    block_hashes: tuple[BlockHash, ...]
+    deadline_s: float
+    reply: Callable[[tuple[BlockId, ...]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpin:
+    """End a pin; unknown ids are ignored."""
+
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldWriter:
+    """Count a foreign or local transfer that writes into a sequence's blocks.
+
+    While it is held the blocks are not reused even when their leases end (quarantine).
+    """
+
+    writer_id: str
+    block_ids: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseWriter:
+    """The writer has settled; unknown ids are ignored."""
+
+    writer_id: str
+
+
+EngineCommand: TypeAlias = Open | Begin | Close | Pin | Unpin | HoldWriter | ReleaseWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheChange:
+    """Full blocks that came into or left the local prefix cache, for the global index."""
+
+    stored: tuple[BlockHash, ...] = ()
+    removed: tuple[BlockHash, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot that the event loop may read at any time.
+
+    `free_blocks + cached_blocks + leased_blocks == total_blocks` always.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_tokens: int = 0
+    total_blocks: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    leased_blocks: int = 0
+    num_leases: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    computed_tokens: int = 0
+    busy_s: float = 0.0

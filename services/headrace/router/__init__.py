@@ -1,0 +1,1 @@
+"""The front door: HTTP and gRPC in, workers chosen, tokens out."""

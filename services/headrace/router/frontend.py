@@ -1,0 +1,54 @@
+"""What the HTTP and gRPC servers ask of the router; they translate and decide nothing."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.core.request import GenerationRequest, Piece
+from headrace.text.model import TextModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model that the cluster serves now.
+
+    Attributes:
+        name: What requests call it.
+        max_context_tokens: Most tokens of prompt and answer together.
+        fingerprint: Digest of weights, dtype, layout and kernels.
+        text: Tokenizer and chat template.
+    """
+
+    name: str
+    max_context_tokens: int
+    fingerprint: str
+    text: TextModel
+
+
+class Frontend(Protocol):
+    """The router's own verbs."""
+
+    def models(self) -> tuple[ServedModel, ...]:
+        """Return the models served; empty until a worker has been met."""
+        ...
+
+    def model(self, name: str | None) -> ServedModel:
+        """Return a model by name; None is the only one served.
+
+        Raises:
+            UnknownModel: no such model.
+            NotReady: no worker has been met yet.
+        """
+        ...
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[Piece]:
+        """Generate. Closing the iterator (or cancelling its task) stops all work of the request.
+
+        Raises (from the first step of the iterator):
+            InvalidRequest, Saturated, DeadlineExceeded, PeerFailed, InternalError.
+        """
+        ...
+
+    def not_ready_reason(self) -> str | None:
+        """Return why the cluster cannot answer now, or None when it can."""
+        ...

@@ -1,0 +1,1 @@
+"""Move KV blocks between the pools of processes."""

@@ -1,0 +1,91 @@
+"""The contract every transport of KV blocks fulfils."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolDescriptor:
+    """Registered memory that peers may read or write; travels in a handshake.
+
+    Attributes:
+        agent_name: Unique over processes and restarts.
+        agent_metadata: Opaque connection blob of the transport.
+        base_address: Address of block 0 in the owner's process.
+        epoch: Lifetime of the owning process.
+    """
+
+    agent_name: str
+    agent_metadata: bytes
+    base_address: int
+    block_bytes: int
+    num_blocks: int
+    device_id: int
+    epoch: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferStats:
+    """Counters of one connector since its start; `num_inflight` is now."""
+
+    num_inflight: int = 0
+    num_done: int = 0
+    num_failed: int = 0
+    written_bytes: int = 0
+    read_bytes: int = 0
+
+
+class Connector(Protocol):
+    """One agent of a process: its pool is registered once, its peers are added and dropped.
+
+    All coroutines may be called from the event loop; the copying happens elsewhere. A transfer
+    moves whole blocks, `local_ids[i]` <-> `remote_ids[i]`, and has exactly one end: it returns
+    when the data has landed, or raises. There is no partial success to rely on.
+    """
+
+    @property
+    def pool(self) -> PoolDescriptor:
+        """Describe the own pool for a handshake."""
+        ...
+
+    def stats(self) -> TransferStats:
+        """Return the counters."""
+        ...
+
+    async def add_peer(self, pool: PoolDescriptor) -> None:
+        """Connect to a peer's pool; a pool of the same agent name is replaced.
+
+        Raises:
+            PeerFailed: the metadata is unusable or the peer cannot be reached.
+        """
+        ...
+
+    async def remove_peer(self, agent_name: str) -> None:
+        """Forget a peer; its transfers in flight raise PeerFailed. Unknown names are ignored."""
+        ...
+
+    async def write(
+        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+    ) -> None:
+        """Copy own blocks into a peer's blocks.
+
+        Args:
+            deadline_s: On the clock the connector was made with.
+
+        Raises:
+            PeerFailed: the peer is unknown, died or refused; nothing may be assumed of its blocks.
+            DeadlineExceeded: the transfer had not settled in time. Its local blocks stay in use
+                by the transport until `settled` says otherwise.
+        """
+        ...
+
+    async def read(
+        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+    ) -> None:
+        """Copy a peer's blocks into own blocks; raises as `write`."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what is in flight, disconnect and free the transport."""
+        ...
