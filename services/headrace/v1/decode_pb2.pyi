@@ -134,6 +134,58 @@ class TokenEvents(_message.Message):
 Global___TokenEvents: _TypeAlias = TokenEvents  # noqa: Y015
 
 @_typing.final
+class BeginWriteRequest(_message.Message):
+    """Set by the prefill worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WRITER_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """The lease of the reservation."""
+    epoch: _builtins.str
+    """Epoch of the decode worker that granted it."""
+    writer_id: _builtins.str
+    """Name of this attempt, unique; made by the router."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        writer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "writer_id", b"writer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginWriteRequest: _TypeAlias = BeginWriteRequest  # noqa: Y015
+
+@_typing.final
+class BeginWriteResponse(_message.Message):
+    """Set by the decode worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IS_ACCEPTED_FIELD_NUMBER: _builtins.int
+    is_accepted: _builtins.bool
+    """Whether the sequence still lives; false means: do not write."""
+    def __init__(
+        self,
+        *,
+        is_accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_accepted", b"is_accepted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginWriteResponse: _TypeAlias = BeginWriteResponse  # noqa: Y015
+
+@_typing.final
 class FirstToken(_message.Message):
     """The first token and everything sampled with it."""
 
@@ -163,7 +215,7 @@ Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
 
 @_typing.final
 class CommitPrefillRequest(_message.Message):
-    """Set by the prefill worker."""
+    """Set by the prefill worker, or by the router for a dead one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -171,12 +223,15 @@ class CommitPrefillRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    WRITER_ID_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease of the reservation."""
     epoch: _builtins.str
     """Epoch of the decode worker that granted it; fences late writers."""
     failure: _builtins.str
-    """The prefill worker gave up and writes no more; another may fill the same lease."""
+    """The writer gave up, or died, and writes no more; another may fill the same lease."""
+    writer_id: _builtins.str
+    """As in BeginWrite."""
     @_builtins.property
     def first_token(self) -> Global___FirstToken:
         """All KV has landed; decoding may start."""
@@ -188,10 +243,11 @@ class CommitPrefillRequest(_message.Message):
         epoch: _builtins.str = ...,
         first_token: Global___FirstToken | None = ...,
         failure: _builtins.str = ...,
+        writer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token", b"first_token", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "first_token", b"first_token", "lease_id", b"lease_id", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "first_token", b"first_token", "lease_id", b"lease_id", "outcome", b"outcome", "writer_id", b"writer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["first_token", "failure"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

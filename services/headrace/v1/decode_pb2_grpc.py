@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=headrace_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.BeginWrite = channel.unary_unary(
+                '/headrace.v1.DecodeService/BeginWrite',
+                request_serializer=headrace_dot_v1_dot_decode__pb2.BeginWriteRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_decode__pb2.BeginWriteResponse.FromString,
+                _registered_method=True)
         self.CommitPrefill = channel.unary_unary(
                 '/headrace.v1.DecodeService/CommitPrefill',
                 request_serializer=headrace_dot_v1_dot_decode__pb2.CommitPrefillRequest.SerializeToString,
@@ -60,8 +65,17 @@ class DecodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BeginWrite(self, request, context):
+        """Called by a prefill worker before its first write: counts it as a writer of the
+        reserved blocks, which are not reused until it has reported its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommitPrefill(self, request, context):
-        """Called by the prefill worker: the KV of a reservation is complete, or will not come.
+        """Called by the prefill worker, or by the router for one that died: the KV of a
+        reservation is complete, or this writer will not deliver it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +88,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'BeginWrite': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginWrite,
+                    request_deserializer=headrace_dot_v1_dot_decode__pb2.BeginWriteRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_decode__pb2.BeginWriteResponse.SerializeToString,
             ),
             'CommitPrefill': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitPrefill,
@@ -109,6 +128,33 @@ class DecodeService:
             '/headrace.v1.DecodeService/Decode',
             headrace_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             headrace_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginWrite(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headrace.v1.DecodeService/BeginWrite',
+            headrace_dot_v1_dot_decode__pb2.BeginWriteRequest.SerializeToString,
+            headrace_dot_v1_dot_decode__pb2.BeginWriteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,8 +38,14 @@ class DecodeServiceStub:
     reservation; the tokens follow once CommitPrefill has been called. Cancelling the
     call ends the sequence and frees its blocks.
     """
+    BeginWrite: _grpc.UnaryUnaryMultiCallable[_decode_pb2.BeginWriteRequest, _decode_pb2.BeginWriteResponse]
+    """Called by a prefill worker before its first write: counts it as a writer of the
+    reserved blocks, which are not reused until it has reported its end.
+    """
     CommitPrefill: _grpc.UnaryUnaryMultiCallable[_decode_pb2.CommitPrefillRequest, _decode_pb2.CommitPrefillResponse]
-    """Called by the prefill worker: the KV of a reservation is complete, or will not come."""
+    """Called by the prefill worker, or by the router for one that died: the KV of a
+    reservation is complete, or this writer will not deliver it.
+    """
 
 @_typing.type_check_only
 class DecodeServiceAsyncStub(DecodeServiceStub):
@@ -51,8 +57,14 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     reservation; the tokens follow once CommitPrefill has been called. Cancelling the
     call ends the sequence and frees its blocks.
     """
+    BeginWrite: _aio.UnaryUnaryMultiCallable[_decode_pb2.BeginWriteRequest, _decode_pb2.BeginWriteResponse]  # type: ignore[assignment]
+    """Called by a prefill worker before its first write: counts it as a writer of the
+    reserved blocks, which are not reused until it has reported its end.
+    """
     CommitPrefill: _aio.UnaryUnaryMultiCallable[_decode_pb2.CommitPrefillRequest, _decode_pb2.CommitPrefillResponse]  # type: ignore[assignment]
-    """Called by the prefill worker: the KV of a reservation is complete, or will not come."""
+    """Called by the prefill worker, or by the router for one that died: the KV of a
+    reservation is complete, or this writer will not deliver it.
+    """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates tokens."""
@@ -69,11 +81,23 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def BeginWrite(
+        self,
+        request: _decode_pb2.BeginWriteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_decode_pb2.BeginWriteResponse, _abc.Awaitable[_decode_pb2.BeginWriteResponse]]:
+        """Called by a prefill worker before its first write: counts it as a writer of the
+        reserved blocks, which are not reused until it has reported its end.
+        """
+
+    @_abc_1.abstractmethod
     def CommitPrefill(
         self,
         request: _decode_pb2.CommitPrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_pb2.CommitPrefillResponse, _abc.Awaitable[_decode_pb2.CommitPrefillResponse]]:
-        """Called by the prefill worker: the KV of a reservation is complete, or will not come."""
+        """Called by the prefill worker, or by the router for one that died: the KV of a
+        reservation is complete, or this writer will not deliver it.
+        """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

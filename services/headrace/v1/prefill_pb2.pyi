@@ -58,6 +58,9 @@ class PrefillRequest(_message.Message):
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    WRITER_ID_FIELD_NUMBER: _builtins.int
+    writer_id: _builtins.str
+    """Name of this attempt to fill the reservation, unique."""
     @_builtins.property
     def sequence(self) -> _generate_pb2.SequenceSpec:
         """The sequence; its output tokens, if any, are computed as part of the prompt."""
@@ -71,10 +74,11 @@ class PrefillRequest(_message.Message):
         *,
         sequence: _generate_pb2.SequenceSpec | None = ...,
         target: Global___PrefillTarget | None = ...,
+        writer_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence", "target", b"target", "writer_id", b"writer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

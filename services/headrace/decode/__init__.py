@@ -1,0 +1,1 @@
+"""Reserve blocks, wait for KV, generate tokens."""

@@ -1,0 +1,94 @@
+"""One sequence on a decode worker: blocks first, then KV, then tokens."""
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from headrace.core.request import SequenceSpec, Token
+from headrace.decode.reservations import Reservation, Reservations
+from headrace.engine.messages import Goal, Sampled
+from headrace.worker.blocks import BlockExchange
+from headrace.worker.engine import AsyncEngine, OpenSequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeParts:
+    """What every decode job of a worker shares."""
+
+    engine: AsyncEngine
+    blocks: BlockExchange
+    reservations: Reservations
+    block_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """Blocks are reserved.
+
+    Attributes:
+        cached_tokens: Leading tokens that need no push.
+    """
+
+    reservation: Reservation
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Tokens in order, and how many prompt tokens were reused from any cache."""
+
+    tokens: tuple[Token, ...]
+    cached_tokens: int
+
+
+class DecodeJob:
+    """Takes one sequence from its reservation to its last token; ends all of it when closed.
+
+    Args:
+        parts: What the jobs of a worker share.
+        spec: The sequence.
+    """
+
+    def __init__(self, parts: DecodeParts, spec: SequenceSpec) -> None:
+        self._parts = parts
+        self._spec = spec
+
+    async def run_local(self) -> AsyncGenerator[Tokens, None]:
+        """Compute the prompt here, then generate."""
+        async with self._parts.engine.open(self._spec, Goal.ANSWER) as sequence:
+            present = await self._parts.blocks.fetch(sequence)
+            sequence.begin(present)
+            async with aclosing(self._generate(sequence, present)) as generated:
+                async for tokens in generated:
+                    yield tokens
+
+    async def run_remote(self) -> AsyncGenerator[Granted | Tokens, None]:
+        """Reserve blocks, wait for a prefill worker to fill them, then generate."""
+        async with self._parts.engine.open(self._spec, Goal.ANSWER) as sequence:
+            local = sequence.admitted.num_cached_tokens
+            with self._reservation(sequence) as reservation:
+                yield Granted(reservation=reservation, cached_tokens=local)
+                first = await self._parts.reservations.wait(reservation)
+            sequence.begin(len(self._spec.tokens), first)
+            cached = max(local, reservation.cached_tokens)
+            async with aclosing(self._generate(sequence, cached)) as generated:
+                async for tokens in generated:
+                    yield tokens
+
+    @contextmanager
+    def _reservation(self, sequence: OpenSequence) -> Iterator[Reservation]:
+        reservation = self._parts.reservations.grant(sequence.admitted.block_ids, self._spec.deadline_unix_ms)
+        try:
+            yield reservation
+        finally:
+            self._parts.reservations.revoke(reservation)
+
+    async def _generate(self, sequence: OpenSequence, cached_tokens: int) -> AsyncGenerator[Tokens, None]:
+        while True:
+            events = await sequence.events()
+            tokens = tuple(event.token for event in events if isinstance(event, Sampled))
+            if tokens:
+                yield Tokens(tokens=tokens, cached_tokens=cached_tokens)
+                if tokens[-1].finish is not None:
+                    self._parts.blocks.store_later(sequence.admitted.block_hashes)
+                    return

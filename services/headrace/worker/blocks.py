@@ -1,0 +1,123 @@
+"""Move a sequence's blocks: fetched before it starts, stored after it ends."""
+
+import asyncio
+import logging
+import secrets
+
+from headrace.clock import Clock
+from headrace.core.block import BlockHash, BlockId
+from headrace.engine.messages import CacheChange
+from headrace.errors import HeadraceError
+from headrace.worker.engine import AsyncEngine, OpenSequence
+from headrace.worker.kv_client import KvClient
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_STORES = 256
+ANNOUNCE_INTERVAL_S = 0.05
+
+
+class BlockExchange:
+    """A worker's dealings with the kvstore; every failure there is a miss, never an error here.
+
+    Args:
+        engine: Owner of the local blocks.
+        tasks: Outlives every request.
+        client: The kvstore; None runs without one.
+        clock: Source of deadlines.
+        block_tokens: Tokens per block.
+        deadline_s: Longest time for one fetch or store.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        tasks: asyncio.TaskGroup,
+        client: KvClient | None,
+        clock: Clock,
+        block_tokens: int,
+        deadline_s: float,
+    ) -> None:
+        self._engine = engine
+        self._tasks = tasks
+        self._client = client
+        self._clock = clock
+        self._block_tokens = block_tokens
+        self._deadline_s = deadline_s
+        self._stores: asyncio.Queue[tuple[BlockHash, ...]] = asyncio.Queue(MAX_QUEUED_STORES)
+        self._changes: list[CacheChange] = []
+        self.num_dropped_stores = 0
+
+    async def fetch(self, sequence: OpenSequence) -> int:
+        """Fill the sequence's blocks after the local hit from the kvstore.
+
+        Returns:
+            Leading tokens present now: the local hit, or more.
+        """
+        admitted = sequence.admitted
+        local = admitted.num_cached_tokens // self._block_tokens
+        # The last known token is always computed: its logits choose the next one.
+        usable = (len(sequence.spec.tokens) - 1) // self._block_tokens
+        if self._client is None or local >= usable:
+            return admitted.num_cached_tokens
+        hashes, blocks = admitted.block_hashes[local:usable], admitted.block_ids[local:usable]
+        # A task of the worker, not of the request: blocks that a read is still writing to must
+        # stay held when the request is cancelled.
+        reading = self._tasks.create_task(self._read(self._client, hashes, blocks))
+        return (local + await asyncio.shield(reading)) * self._block_tokens
+
+    def store_later(self, hashes: tuple[BlockHash, ...]) -> None:
+        """Queue full blocks for the kvstore; dropped when too many wait, for it is only a cache."""
+        if self._client is None or not hashes:
+            return
+        try:
+            self._stores.put_nowait(hashes)
+        except asyncio.QueueFull:
+            self.num_dropped_stores += 1
+
+    def note_change(self, change: CacheChange) -> None:
+        """Remember a change of the local cache for the next announcement; called on the loop."""
+        self._changes.append(change)
+
+    async def run_stores(self) -> None:
+        """Put queued blocks until cancelled."""
+        while True:
+            hashes = await self._stores.get()
+            try:
+                await self._store(hashes)
+            except HeadraceError as error:
+                logger.warning("blocks not stored", extra={"error": error.code})
+
+    async def run_announcements(self) -> None:
+        """Tell the index what the local cache holds until cancelled."""
+        while self._client is not None:
+            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
+            if not self._changes and not self._client.owes_snapshot:
+                continue
+            changes, self._changes = self._changes, []
+            stored = tuple(block for change in changes for block in change.stored)
+            removed = tuple(block for change in changes for block in change.removed)
+            await self._client.announce(stored, removed)
+
+    async def _read(self, client: KvClient, hashes: tuple[BlockHash, ...], blocks: tuple[BlockId, ...]) -> int:
+        writer_id = "fetch-" + secrets.token_hex(8)
+        self._engine.hold_writer(writer_id, blocks)
+        try:
+            return await client.fetch(hashes, blocks, self._clock.now() + self._deadline_s)
+        finally:
+            self._engine.release_writer(writer_id)
+
+    async def _store(self, hashes: tuple[BlockHash, ...]) -> None:
+        if self._client is None:
+            return
+        deadline_s = self._clock.now() + self._deadline_s
+        lease_id = "store-" + secrets.token_hex(8)
+        blocks = await self._engine.pin(lease_id, hashes, deadline_s)
+        try:
+            if blocks:
+                await self._client.store(hashes[: len(blocks)], blocks, deadline_s)
+        finally:
+            self._engine.unpin(lease_id)
+
+

@@ -1,0 +1,72 @@
+"""Settings of a worker."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+
+class WorkerRole(Enum):
+    """What the router prefers to send to a worker; every worker can do both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+
+
+class Dtype(Enum):
+    """Precision of weights, activations and KV; sums are always fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Settings of a worker.
+
+    Attributes:
+        name: Unique in the cluster.
+        role: What the router prefers to send here.
+        host: Address the gRPC server binds.
+        grpc_port: Port of the gRPC server.
+        model: GGUF file or Hugging Face folder.
+        model_name: What requests call the model; None takes the name of the file or folder.
+        dtype: Precision.
+        device: Torch device of weights and KV.
+        threads: Threads per tensor operation; 0 takes all cores.
+        block_tokens: Tokens per KV block: 16, 32 or 64.
+        kv_memory_bytes: Size of the block pool.
+        max_running: Most sequences that hold blocks at once.
+        shape: Technique that shapes steps ("sarathi" cuts prompts into chunks), or "whole".
+        token_budget: Most tokens of one step; a chunk is never larger.
+        kvstore: host:port of the kvstore; None runs without.
+        peers: host:port of other workers, connected before this one is Ready.
+        cache_dir: Where converted weights are kept; None converts at every start.
+        transfer_deadline_s: Longest time for one transfer of blocks.
+        store_blocks: Whether full blocks are put into the kvstore.
+        push_whole: Push KV once after the whole prompt instead of chunk by chunk; the
+            baseline of a benchmark.
+        exit_with_parent: End when the process that started this one ends.
+    """
+
+    name: str
+    role: WorkerRole
+    host: str = "127.0.0.1"
+    grpc_port: int = 50061
+    model: Path
+    model_name: str | None = None
+    dtype: Dtype = Dtype.BF16
+    device: str = "cpu"
+    threads: int = 0
+    block_tokens: int = 16
+    kv_memory_bytes: int = 1 << 30
+    max_running: int = 64
+    shape: str = "sarathi"
+    token_budget: int = 512
+    kvstore: str | None = None
+    peers: tuple[str, ...] = ()
+    cache_dir: Path | None = None
+    transfer_deadline_s: float = 10.0
+    store_blocks: bool = True
+    push_whole: bool = False
+    exit_with_parent: bool = False

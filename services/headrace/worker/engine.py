@@ -1,0 +1,199 @@
+"""The event loop's view of the engine's thread."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from headrace.core.block import BlockHash, BlockId
+from headrace.core.request import SequenceId, SequenceSpec, Token
+from headrace.engine.messages import (
+    Admitted,
+    Begin,
+    Close,
+    EngineCommand,
+    EngineEvent,
+    EngineStats,
+    Failed,
+    Goal,
+    HoldWriter,
+    Open,
+    Pin,
+    ReleaseWriter,
+    Unpin,
+)
+from headrace.errors import HeadraceError, InternalError
+
+
+class CommandPort(Protocol):
+    """Where commands go: the engine's thread, or a fake of it."""
+
+    def send(self, command: EngineCommand) -> None:
+        """Queue a command.
+
+        Raises:
+            Saturated: the mailbox is full.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """Return the last snapshot."""
+        ...
+
+
+class EventStream:
+    """Events of one sequence, in order; one reader."""
+
+    def __init__(self) -> None:
+        self._events: deque[EngineEvent] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, event: EngineEvent) -> None:
+        """Add an event; called on the loop."""
+        self._events.append(event)
+        self._arrived.set()
+
+    async def take(self) -> list[EngineEvent]:
+        """Wait until something has arrived and return all of it.
+
+        Raises:
+            HeadraceError: the engine failed the sequence; what arrived before is returned first.
+        """
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        taken: list[EngineEvent] = []
+        while self._events:
+            event = self._events[0]
+            if isinstance(event, Failed):
+                if taken:
+                    break
+                raise event.error
+            taken.append(self._events.popleft())
+        return taken
+
+
+class OpenSequence:
+    """One sequence in the engine, from admission to `close`; a context manager that closes.
+
+    Attributes:
+        spec: What was asked for.
+        admitted: Its block table and what the local cache held.
+    """
+
+    def __init__(self, spec: SequenceSpec, engine: "AsyncEngine", events: EventStream) -> None:
+        self.spec = spec
+        self.admitted: Admitted
+        self._engine = engine
+        self._events = events
+
+    async def __aenter__(self) -> "OpenSequence":
+        try:
+            [first] = await self._events.take()
+            if not isinstance(first, Admitted):
+                raise InternalError(f"engine answered {type(first).__name__} before admission")
+        except BaseException:
+            self.close()
+            raise
+        self.admitted = first
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self, num_present: int, first: Token | None = None) -> None:
+        """Start computing; see `engine.messages.Begin`."""
+        self._engine.send(Begin(sequence_id=self.spec.sequence_id, num_present=num_present, first=first))
+
+    async def events(self) -> list[EngineEvent]:
+        """Wait for the next events; raises what the engine failed the sequence with."""
+        return await self._events.take()
+
+    def fail(self, error: HeadraceError) -> None:
+        """Make `events` raise: something outside the engine went wrong for this sequence."""
+        self._events.put(Failed(sequence_id=self.spec.sequence_id, error=error))
+
+    def close(self) -> None:
+        """End the sequence in any state and let its blocks go."""
+        self._engine.send(Close(sequence_id=self.spec.sequence_id))
+
+
+class AsyncEngine:
+    """Speak to the engine from one event loop.
+
+    Events of a step arrive in one wake-up of the loop, however many sequences ran.
+
+    Args:
+        port: The engine's mailbox.
+        loop: The loop that receives events.
+    """
+
+    def __init__(self, port: CommandPort, loop: asyncio.AbstractEventLoop) -> None:
+        self._port = port
+        self._loop = loop
+        self._arrived: deque[tuple[EventStream, EngineEvent]] = deque()
+
+    def stats(self) -> EngineStats:
+        """Return the engine's last snapshot."""
+        return self._port.stats()
+
+    def send(self, command: EngineCommand) -> None:
+        """Queue a command; raises Saturated when the mailbox is full."""
+        self._port.send(command)
+
+    def open(self, spec: SequenceSpec, goal: Goal) -> OpenSequence:
+        """Ask for blocks; entering the returned context waits until they are there."""
+        events = EventStream()
+        sequence = OpenSequence(spec, self, events)
+
+        def sink(event: EngineEvent) -> None:
+            self._deliver(events, event)
+
+        self.send(Open(spec=spec, goal=goal, sink=sink))
+        return sequence
+
+    async def pin(self, lease_id: str, hashes: Sequence[BlockHash], deadline_s: float) -> tuple[BlockId, ...]:
+        """Keep cached blocks in place; returns the leading ones still present."""
+        reply: asyncio.Future[tuple[BlockId, ...]] = self._loop.create_future()
+
+        def answer(blocks: tuple[BlockId, ...]) -> None:
+            self._loop.call_soon_threadsafe(_resolve, reply, blocks)
+
+        self.send(Pin(lease_id=lease_id, block_hashes=tuple(hashes), deadline_s=deadline_s, reply=answer))
+        try:
+            return await reply
+        except asyncio.CancelledError:
+            self.unpin(lease_id)
+            raise
+
+    def unpin(self, lease_id: str) -> None:
+        """End a pin."""
+        self.send(Unpin(lease_id=lease_id))
+
+    def hold_writer(self, writer_id: str, block_ids: Sequence[BlockId]) -> None:
+        """Count a transfer that writes into blocks."""
+        self.send(HoldWriter(writer_id=writer_id, block_ids=tuple(block_ids)))
+
+    def release_writer(self, writer_id: str) -> None:
+        """The transfer has settled."""
+        self.send(ReleaseWriter(writer_id=writer_id))
+
+    def close(self, sequence_id: SequenceId) -> None:
+        """End a sequence by id."""
+        self.send(Close(sequence_id=sequence_id))
+
+    def _deliver(self, events: EventStream, event: EngineEvent) -> None:
+        """Runs on the engine's thread: one wake-up per burst of events, not one per event."""
+        self._arrived.append((events, event))
+        if len(self._arrived) == 1:
+            self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        while self._arrived:
+            events, event = self._arrived.popleft()
+            events.put(event)
+
+
+def _resolve(reply: asyncio.Future[tuple[BlockId, ...]], blocks: tuple[BlockId, ...]) -> None:
+    if not reply.done():
+        reply.set_result(blocks)
