@@ -148,4 +148,4 @@ def _tree(root: type[HeadraceError]) -> list[type[HeadraceError]]:
 
 def by_code() -> dict[str, type[HeadraceError]]:
     """Return every error class under its wire code."""
-    return {error.code: error for error in reversed(_tree(HeadraceError))}
+    return {error.code: error for error in _tree(HeadraceError)}

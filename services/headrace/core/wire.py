@@ -1,0 +1,239 @@
+"""Translate between the messages of proto/headrace/v1 and the values of this package.
+
+Readers tolerate newer peers: unknown fields are ignored, an unknown finish reason still ends an
+answer and an unknown error is an InternalError that names the code.
+"""
+
+import math
+
+from headrace.core.block import KvLayout
+from headrace.core.request import FinishReason, Piece, SamplingParams, SequenceId, SequenceSpec, Token, Usage
+from headrace.errors import HeadraceError, InternalError, PeerMismatch, by_code
+from headrace.v1 import block_pb2, errors_pb2, generate_pb2, router_pb2
+
+_FINISH_TO_PROTO = {
+    None: generate_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: generate_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
+
+
+def sampling_to_proto(params: SamplingParams) -> generate_pb2.SamplingParams:
+    """Write sampling parameters; every field that has presence is set, except None."""
+    return generate_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        seed=params.seed,
+        logprobs=params.logprobs,
+    )
+
+
+def sampling_from_proto(message: generate_pb2.SamplingParams) -> SamplingParams:
+    """Read sampling parameters; absent fields take the defaults that the proto file states.
+
+    An absent seed reads as 0 and `max_tokens` 0 stays 0: whoever must tell these apart asks the message.
+    """
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k if message.HasField("top_k") else None,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        seed=message.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def spec_to_proto(spec: SequenceSpec) -> generate_pb2.SequenceSpec:
+    """Write a sequence."""
+    return generate_pb2.SequenceSpec(
+        sequence_id=spec.sequence_id,
+        model=spec.model,
+        prompt_token_ids=spec.prompt,
+        output_token_ids=spec.output,
+        sampling=sampling_to_proto(spec.sampling),
+        choice=spec.choice,
+        deadline_unix_ms=spec.deadline_unix_ms,
+        cache_salt=spec.cache_salt,
+    )
+
+
+def spec_from_proto(message: generate_pb2.SequenceSpec) -> SequenceSpec:
+    """Read a sequence."""
+    return SequenceSpec(
+        sequence_id=SequenceId(message.sequence_id),
+        model=message.model,
+        prompt=tuple(message.prompt_token_ids),
+        output=tuple(message.output_token_ids),
+        sampling=sampling_from_proto(message.sampling),
+        choice=message.choice,
+        deadline_unix_ms=message.deadline_unix_ms,
+        cache_salt=message.cache_salt,
+    )
+
+
+def token_to_proto(token: Token) -> generate_pb2.TokenEvent:
+    """Write a token."""
+    event = generate_pb2.TokenEvent(
+        cursor=token.cursor,
+        token_id=token.token_id,
+        logprob=token.logprob,
+        finish_reason=finish_to_proto(token.finish),
+    )
+    for token_id, logprob in token.top_logprobs:
+        event.top_logprobs.add(token_id=token_id, logprob=logprob)
+    return event
+
+
+def token_from_proto(event: generate_pb2.TokenEvent) -> Token:
+    """Read a token."""
+    return Token(
+        cursor=event.cursor,
+        token_id=event.token_id,
+        logprob=event.logprob if event.HasField("logprob") else None,
+        top_logprobs=tuple((entry.token_id, entry.logprob) for entry in event.top_logprobs),
+        finish=finish_from_proto(event.finish_reason),
+    )
+
+
+def finish_to_proto(finish: FinishReason | None) -> "generate_pb2.FinishReason.ValueType":
+    """Write why an answer ended; None is "not ended"."""
+    return _FINISH_TO_PROTO[finish]
+
+
+def finish_from_proto(finish: "generate_pb2.FinishReason.ValueType") -> FinishReason | None:
+    """Read why an answer ended; a reason that only newer peers know reads as STOP, for it has ended."""
+    return _FINISH_FROM_PROTO.get(finish, FinishReason.STOP)
+
+
+def usage_to_proto(usage: Usage) -> generate_pb2.Usage:
+    """Write token counts."""
+    return generate_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def usage_from_proto(message: generate_pb2.Usage) -> Usage:
+    """Read token counts."""
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        cached_tokens=message.cached_tokens,
+    )
+
+
+def piece_to_proto(piece: Piece, request_id: str, model: str = "") -> router_pb2.GenerateResponse:
+    """Write a piece of an answer.
+
+    Args:
+        piece: What to write.
+        request_id: Name of the request.
+        model: Name of the model; given with the first piece only.
+    """
+    return router_pb2.GenerateResponse(
+        request_id=request_id,
+        choice=piece.choice,
+        text=piece.text,
+        events=[token_to_proto(token) for token in piece.tokens],
+        finish_reason=finish_to_proto(piece.finish),
+        usage=None if piece.usage is None else usage_to_proto(piece.usage),
+        model=model,
+    )
+
+
+def piece_from_proto(message: router_pb2.GenerateResponse) -> Piece:
+    """Read a piece of an answer."""
+    return Piece(
+        choice=message.choice,
+        text=message.text,
+        tokens=tuple(token_from_proto(event) for event in message.events),
+        finish=finish_from_proto(message.finish_reason),
+        usage=usage_from_proto(message.usage) if message.HasField("usage") else None,
+    )
+
+
+def layout_to_proto(layout: KvLayout) -> block_pb2.KvLayout:
+    """Write a block layout."""
+    return block_pb2.KvLayout(
+        num_layers=layout.num_layers,
+        block_tokens=layout.block_tokens,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        block_bytes=layout.block_bytes,
+    )
+
+
+def layout_from_proto(message: block_pb2.KvLayout) -> KvLayout:
+    """Read a block layout.
+
+    Raises:
+        PeerMismatch: the element type is unknown, or the size is not the product of the fields:
+            the peer lays out its blocks in a way this process would misread.
+    """
+    layout = KvLayout(
+        num_layers=message.num_layers,
+        block_tokens=message.block_tokens,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        dtype=message.dtype,
+    )
+    try:
+        block_bytes = layout.block_bytes
+    except KeyError:
+        raise PeerMismatch(f"peer has KV blocks of type {message.dtype!r}, unknown here", field="dtype") from None
+    if message.block_bytes != block_bytes:
+        raise PeerMismatch(
+            f"peer's blocks have {message.block_bytes} bytes where its layout gives {block_bytes}", field="block_bytes"
+        )
+    return layout
+
+
+def error_to_detail(error: HeadraceError, worker: str = "") -> errors_pb2.ErrorDetail:
+    """Write an error.
+
+    Args:
+        error: What to write.
+        worker: Name of this process; used unless the error already names the one that raised it.
+    """
+    return errors_pb2.ErrorDetail(
+        code=error.code,
+        message=error.message,
+        field=error.field or "",
+        limit=error.limit or "",
+        # 0 means "a retry would not help", so a retry that may come at once asks for 1 ms.
+        retry_after_ms=0 if error.retry_after_s is None else max(1, math.ceil(error.retry_after_s * 1000)),
+        worker=error.worker or worker,
+    )
+
+
+def error_from_detail(detail: errors_pb2.ErrorDetail) -> HeadraceError:
+    """Read an error of the class its code names; an unknown code is an InternalError that says it."""
+    kind = by_code().get(detail.code)
+    return (kind or InternalError)(
+        message=detail.message if kind else f"{detail.message} (unknown error code {detail.code!r})",
+        field=detail.field or None,
+        limit=detail.limit or None,
+        retry_after_s=detail.retry_after_ms / 1000 if detail.retry_after_ms else None,
+        worker=detail.worker or None,
+    )
