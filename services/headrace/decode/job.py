@@ -84,11 +84,14 @@ class DecodeJob:
             self._parts.reservations.revoke(reservation)
 
     async def _generate(self, sequence: OpenSequence, cached_tokens: int) -> AsyncGenerator[Tokens, None]:
+        answer: list[int] = []
         while True:
             events = await sequence.events()
             tokens = tuple(event.token for event in events if isinstance(event, Sampled))
+            answer.extend(token.token_id for token in tokens)
             if tokens:
                 yield Tokens(tokens=tokens, cached_tokens=cached_tokens)
                 if tokens[-1].finish is not None:
-                    self._parts.blocks.store_later(sequence.admitted.block_hashes)
+                    known = (*self._spec.tokens, *answer)
+                    self._parts.blocks.store_later(self._parts.blocks.hashes(known, self._spec.cache_salt))
                     return

@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 
 from headrace.clock import Clock
-from headrace.core.block import BlockHash, BlockId
+from headrace.core.block import BlockHash, BlockId, block_hashes, root_hash
 from headrace.engine.messages import CacheChange
 from headrace.errors import HeadraceError
 from headrace.worker.engine import AsyncEngine, OpenSequence
@@ -25,6 +26,7 @@ class BlockExchange:
         tasks: Outlives every request.
         client: The kvstore; None runs without one.
         clock: Source of deadlines.
+        fingerprint: Digest of the model, under which blocks are hashed.
         block_tokens: Tokens per block.
         deadline_s: Longest time for one fetch or store.
     """
@@ -36,6 +38,7 @@ class BlockExchange:
         tasks: asyncio.TaskGroup,
         client: KvClient | None,
         clock: Clock,
+        fingerprint: str,
         block_tokens: int,
         deadline_s: float,
     ) -> None:
@@ -43,11 +46,16 @@ class BlockExchange:
         self._tasks = tasks
         self._client = client
         self._clock = clock
+        self._fingerprint = fingerprint
         self._block_tokens = block_tokens
         self._deadline_s = deadline_s
         self._stores: asyncio.Queue[tuple[BlockHash, ...]] = asyncio.Queue(MAX_QUEUED_STORES)
         self._changes: list[CacheChange] = []
         self.num_dropped_stores = 0
+
+    def hashes(self, tokens: Sequence[int], cache_salt: bytes) -> tuple[BlockHash, ...]:
+        """Return the hashes of the full blocks of `tokens`."""
+        return block_hashes(root_hash(self._fingerprint, cache_salt), tokens, self._block_tokens)
 
     async def fetch(self, sequence: OpenSequence) -> int:
         """Fill the sequence's blocks after the local hit from the kvstore.

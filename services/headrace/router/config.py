@@ -1,0 +1,47 @@
+"""Settings of the router."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Settings of the router.
+
+    Attributes:
+        name: Unique in the cluster.
+        host: Address both servers bind.
+        http_port: Port of the OpenAI-compatible server.
+        grpc_port: Port of the gRPC server.
+        workers: host:port of every worker.
+        kvstore: host:port of the kvstore; None routes by load alone.
+        model: GGUF file or Hugging Face folder; the router reads its tokenizer and chat template.
+        model_name: What requests call the model; None takes the name of the file or folder.
+        cache_dir: Where parsed tokenizers are kept; None parses at every start.
+        max_live_requests: Admission bound: further requests get 503 with a time to retry.
+        default_timeout_s: Deadline of a request that names none.
+        max_timeout_s: Longest deadline a request may name.
+        max_moves: How often a request may move to other workers after failures.
+        first_report_timeout_s: How long a worker may stay silent before it counts as dead.
+        canary_interval_s: Longest age of the last answered token before readiness is proven anew.
+        max_body_bytes: Largest HTTP body.
+        exit_with_parent: End when the process that started this one ends.
+    """
+
+    name: str = "router"
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 50051
+    workers: tuple[str, ...] = ()
+    kvstore: str | None = None
+    model: Path
+    model_name: str | None = None
+    cache_dir: Path | None = None
+    max_live_requests: int = 256
+    default_timeout_s: float = 600.0
+    max_timeout_s: float = 3600.0
+    max_moves: int = 3
+    first_report_timeout_s: float = 2.0
+    canary_interval_s: float = 15.0
+    max_body_bytes: int = 8 << 20
+    exit_with_parent: bool = False

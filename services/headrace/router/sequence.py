@@ -1,0 +1,241 @@
+"""One choice of one request on its way through the workers."""
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from headrace.clock import Clock
+from headrace.core.block import block_hashes, root_hash
+from headrace.core.request import SequenceSpec, Token
+from headrace.core.wire import spec_to_proto, token_from_proto
+from headrace.errors import BlockLost, Cancelled, DeadlineExceeded, HeadraceError, NotReady, PeerFailed, PeerMismatch
+from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
+from headrace.router.workers import WorkerTable
+from headrace.runtime.channels import Channels, translate_errors
+from headrace.v1 import decode_pb2, decode_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+
+CONTROL_TIMEOUT_S = 2.0
+MATCH_TIMEOUT_S = 0.2
+MOVE_PAUSE_S = 0.1
+MOVABLE = (PeerFailed, NotReady, BlockLost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceParts:
+    """What all sequences of a router share.
+
+    Attributes:
+        tasks: Outlives every request.
+        kvstore: host:port of the kvstore, or None.
+        max_moves: How often a sequence may move after failures.
+    """
+
+    table: WorkerTable
+    channels: Channels
+    clock: Clock
+    tasks: asyncio.TaskGroup
+    kvstore: str | None
+    max_moves: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Tokens in order, and how many prompt tokens were reused."""
+
+    tokens: tuple[Token, ...]
+    cached_tokens: int
+
+
+class SequenceRun:
+    """Carries one sequence over the deaths of its workers.
+
+    The tokens received so far are all its state: the random generator is keyed by position, so
+    another worker goes on with exactly the tokens the first would have produced.
+
+    Args:
+        parts: What all sequences share.
+        spec: The sequence.
+        fingerprint: Digest of the served model.
+        block_tokens: Tokens per block.
+    """
+
+    def __init__(self, parts: SequenceParts, spec: SequenceSpec, fingerprint: str, block_tokens: int) -> None:
+        self._parts = parts
+        self._spec = spec
+        self._output: list[int] = list(spec.output)
+        self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
+        self._block_tokens = block_tokens
+        self._excluded: set[str] = set()
+        self._prefill_failure: HeadraceError | None = None
+
+    async def batches(self) -> AsyncGenerator[TokenBatch, None]:
+        """Yield tokens, each exactly once, until one carries a finish reason.
+
+        Raises:
+            HeadraceError: it cannot go on; nothing of it is left on any worker.
+        """
+        moves = 0
+        while True:
+            try:
+                async with aclosing(self._attempt()) as attempt:
+                    async for batch in attempt:
+                        fresh = tuple(token for token in batch.tokens if token.cursor >= len(self._output))
+                        self._output.extend(token.token_id for token in fresh)
+                        yield dataclasses.replace(batch, tokens=fresh)
+                        if fresh and fresh[-1].finish is not None:
+                            return
+                raise PeerFailed("the worker ended its stream before the answer was complete")
+            except MOVABLE as error:
+                moves += 1
+                if moves > self._parts.max_moves or isinstance(error, PeerMismatch):
+                    raise
+            await asyncio.sleep(MOVE_PAUSE_S)
+
+    async def _attempt(self) -> AsyncGenerator[TokenBatch, None]:
+        spec = dataclasses.replace(self._spec, output=tuple(self._output))
+        route = await self._choose(spec)
+        self._reserve(route, spec)
+        self._prefill_failure = None
+        try:
+            async with aclosing(self._decode(route, spec)) as batches:
+                async for batch in batches:
+                    yield batch
+        finally:
+            self._parts.table.release(route.decode, spec.sequence_id)
+            if route.prefill is not None:
+                self._parts.table.release(route.prefill, spec.sequence_id)
+
+    async def _choose(self, spec: SequenceSpec) -> Route:
+        views = [worker.view() for worker in self._parts.table.usable()]
+        excluded = frozenset(self._excluded)
+        if excluded.issuperset(view.name for view in views):
+            self._excluded.clear()
+            excluded = frozenset()
+        facts = RouteInput(
+            key=spec.sequence_id,
+            num_tokens=len(spec.tokens),
+            cached_tokens=await self._cached_tokens(),
+            excluded=excluded,
+        )
+        return choose_route(views, facts)
+
+    async def _cached_tokens(self) -> dict[str, int]:
+        """Ask the index who holds how much of the prompt; no answer means nobody."""
+        if self._parts.kvstore is None or not self._hashes:
+            return {}
+        stub = kvstore_pb2_grpc.KvStoreServiceStub(self._parts.channels.get(self._parts.kvstore))
+        try:
+            async with translate_errors(self._parts.kvstore):
+                answer = await stub.Match(
+                    kvstore_pb2.MatchRequest(block_hashes=self._hashes), timeout=MATCH_TIMEOUT_S
+                )
+        except HeadraceError:
+            return {}
+        return {match.location: match.num_blocks * self._block_tokens for match in answer.matches}
+
+    def _reserve(self, route: Route, spec: SequenceSpec) -> None:
+        num_tokens = len(spec.tokens)
+        self._parts.table.reserve(route.decode, spec.sequence_id, 0 if route.prefill else num_tokens)
+        if route.prefill is not None:
+            self._parts.table.reserve(route.prefill, spec.sequence_id, num_tokens)
+
+    async def _decode(self, route: Route, spec: SequenceSpec) -> AsyncGenerator[TokenBatch, None]:
+        worker = self._parts.table.by_name(route.decode)
+        stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(worker.address))
+        mode = decode_pb2.PREFILL_MODE_REMOTE if route.prefill else decode_pb2.PREFILL_MODE_LOCAL
+        request = decode_pb2.DecodeRequest(sequence=spec_to_proto(spec), mode=mode)
+        call = stub.Decode(request, timeout=self._remaining_s())
+        prefill: asyncio.Task[None] | None = None
+        try:
+            async with translate_errors(worker.address):
+                async for response in call:
+                    if response.HasField("reservation"):
+                        prefill = self._start_prefill(route.prefill or "", spec, response.reservation, call.cancel)
+                    else:
+                        yield _batch(response.tokens)
+        except Cancelled:
+            if self._prefill_failure is not None:
+                raise self._prefill_failure from None
+            raise
+        except PeerFailed:
+            self._excluded.add(route.decode)
+            self._parts.table.suspect(route.decode)
+            raise
+        finally:
+            call.cancel()
+            if prefill is not None:
+                prefill.cancel()
+
+    def _start_prefill(
+        self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget, cancel_decode: Callable[[], object]
+    ) -> "asyncio.Task[None]":
+        async def prefill_or_cancel() -> None:
+            try:
+                await self._prefill(name, spec, target)
+            except HeadraceError as error:
+                self._prefill_failure = error
+                cancel_decode()
+
+        return self._parts.tasks.create_task(prefill_or_cancel())
+
+    async def _prefill(self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
+        """Have the prompt computed; when a prefill worker fails, another fills the same reservation."""
+        while True:
+            try:
+                await self._prefill_once(name, spec, target)
+                return
+            except (PeerFailed, NotReady) as error:
+                if error.worker is not None and not isinstance(error, NotReady):
+                    raise  # The prefill worker lives and says that the decode worker does not.
+                self._excluded.add(name)
+                self._parts.table.suspect(name)
+                views = [worker.view() for worker in self._parts.table.usable()]
+                facts = RouteInput(
+                    key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=frozenset(self._excluded)
+                )
+                successor = choose_prefill(views, facts)
+                if successor is None:
+                    raise error
+                name = successor
+
+    async def _prefill_once(self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
+        worker = self._parts.table.by_name(name)
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
+        request = prefill_pb2.PrefillRequest(
+            sequence=spec_to_proto(spec), target=target, writer_id=secrets.token_hex(16)
+        )
+        try:
+            async with translate_errors(worker.address):
+                await stub.Prefill(request, timeout=self._remaining_s())
+        except PeerFailed as error:
+            if error.worker is None:
+                # A dead worker cannot report its own end; its writes ended with it.
+                await self._end_writer(target, request.writer_id)
+            raise
+        finally:
+            self._parts.table.release(name, spec.sequence_id)
+
+    async def _end_writer(self, target: prefill_pb2.PrefillTarget, writer_id: str) -> None:
+        commit = decode_pb2.CommitPrefillRequest(
+            lease_id=target.lease.lease_id, epoch=target.lease.epoch, writer_id=writer_id, failure="peer_failed"
+        )
+        stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(target.address))
+        with contextlib.suppress(HeadraceError):  # A dead decode worker has no writers to end.
+            async with translate_errors(target.address):
+                await stub.CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
+
+    def _remaining_s(self) -> float:
+        remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
+        if remaining_s <= 0:
+            raise DeadlineExceeded("the request's deadline passed before it could be sent on")
+        return remaining_s
+
+
+def _batch(message: decode_pb2.TokenEvents) -> TokenBatch:
+    return TokenBatch(
+        tokens=tuple(token_from_proto(event) for event in message.events), cached_tokens=message.cached_tokens
+    )
