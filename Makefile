@@ -45,7 +45,7 @@ check: $(INSTALLED) ## Style, types, import contracts, sizes, generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python deploy/check/sizes.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/buf lint proto

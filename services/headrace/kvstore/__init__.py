@@ -1,0 +1,1 @@
+"""Blocks that outlive a request, and where to find them."""

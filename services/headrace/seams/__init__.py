@@ -1,0 +1,1 @@
+"""Extension points: one Protocol a file, each filled by a technique that exists."""

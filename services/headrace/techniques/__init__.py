@@ -1,0 +1,1 @@
+"""One folder per research system; the catalog lists them."""
