@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from headrace.clock import Clock
 from headrace.core.block import block_hashes, root_hash
-from headrace.core.request import SequenceSpec, Token
+from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.core.wire import spec_to_proto, token_from_proto
 from headrace.errors import BlockLost, Cancelled, DeadlineExceeded, HeadraceError, NotReady, PeerFailed, PeerMismatch
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
@@ -96,7 +96,9 @@ class SequenceRun:
             await asyncio.sleep(MOVE_PAUSE_S)
 
     async def _attempt(self) -> AsyncGenerator[TokenBatch, None]:
-        spec = dataclasses.replace(self._spec, output=tuple(self._output))
+        # A name of its own per attempt: an earlier one may not have left its worker yet.
+        name = SequenceId(f"{self._spec.sequence_id}.{secrets.token_hex(4)}")
+        spec = dataclasses.replace(self._spec, sequence_id=name, output=tuple(self._output))
         route = await self._choose(spec)
         self._reserve(route, spec)
         self._prefill_failure = None
@@ -161,9 +163,10 @@ class SequenceRun:
             if self._prefill_failure is not None:
                 raise self._prefill_failure from None
             raise
-        except PeerFailed:
-            self._excluded.add(route.decode)
-            self._parts.table.suspect(route.decode)
+        except PeerFailed as error:
+            if self._is_dead(route.decode, error):
+                self._excluded.add(route.decode)
+                self._parts.table.suspect(route.decode)
             raise
         finally:
             call.cancel()
@@ -189,7 +192,7 @@ class SequenceRun:
                 await self._prefill_once(name, spec, target)
                 return
             except (PeerFailed, NotReady) as error:
-                if error.worker is not None and not isinstance(error, NotReady):
+                if not isinstance(error, NotReady) and not self._is_dead(name, error):
                     raise  # The prefill worker lives and says that the decode worker does not.
                 self._excluded.add(name)
                 self._parts.table.suspect(name)
@@ -212,7 +215,7 @@ class SequenceRun:
             async with translate_errors(worker.address):
                 await stub.Prefill(request, timeout=self._remaining_s())
         except PeerFailed as error:
-            if error.worker is None:
+            if self._is_dead(name, error):
                 # A dead worker cannot report its own end; its writes ended with it.
                 await self._end_writer(target, request.writer_id)
             raise
@@ -227,6 +230,10 @@ class SequenceRun:
         with contextlib.suppress(HeadraceError):  # A dead decode worker has no writers to end.
             async with translate_errors(target.address):
                 await stub.CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
+
+    def _is_dead(self, name: str, error: HeadraceError) -> bool:
+        """Return whether the connection itself failed; a living worker signs its errors with its name."""
+        return error.worker != name
 
     def _remaining_s(self) -> float:
         remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000

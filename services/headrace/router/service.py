@@ -1,0 +1,151 @@
+"""RouterService on the wire: translates and decides nothing."""
+
+import secrets
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+import grpc.aio
+
+from headrace.clock import Clock
+from headrace.core.request import GenerationRequest
+from headrace.core.validate import RequestDraft, RequestLimits, build_request
+from headrace.core.wire import piece_to_proto
+from headrace.errors import InvalidRequest
+from headrace.router.config import RouterConfig
+from headrace.router.frontend import Frontend, ServedModel
+from headrace.v1 import router_pb2, router_pb2_grpc
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Translate RouterService to a Frontend.
+
+    Args:
+        frontend: The router's verbs.
+        cluster: Makes the list of processes.
+        config: Limits of requests.
+        clock: Turns timeouts into deadlines.
+    """
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        cluster: Callable[[], router_pb2.GetClusterResponse],
+        config: RouterConfig,
+        clock: Clock,
+    ) -> None:
+        self._frontend = frontend
+        self._cluster = cluster
+        self._config = config
+        self._clock = clock
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[object, object]"
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
+        """Stream the answer; cancelling the call stops all its work."""
+        model = self._frontend.model(request.model)
+        checked = self._checked(request, model, context.time_remaining())
+        async with aclosing(self._frontend.submit(checked)) as pieces:
+            name = model.name
+            async for piece in pieces:
+                yield piece_to_proto(piece, checked.request_id, name)
+                name = ""
+
+    async def Tokenize(
+        self, request: router_pb2.TokenizeRequest, context: "grpc.aio.ServicerContext[object, object]"
+    ) -> router_pb2.TokenizeResponse:
+        """Turn text or a chat into tokens."""
+        model = self._frontend.model(request.model)
+        match request.WhichOneof("input"):
+            case "text":
+                tokens = model.text.encode(request.text)
+            case "chat":
+                tokens = _chat_tokens(model, request.chat)
+            case _:
+                raise InvalidRequest("input is missing: give text or chat", field="input")
+        return router_pb2.TokenizeResponse(token_ids=tokens, max_context_tokens=model.max_context_tokens)
+
+    async def Detokenize(
+        self, request: router_pb2.DetokenizeRequest, context: "grpc.aio.ServicerContext[object, object]"
+    ) -> router_pb2.DetokenizeResponse:
+        """Turn tokens into text."""
+        model = self._frontend.model(request.model)
+        too_large = [token for token in request.token_ids if token >= model.text.vocab_size]
+        if too_large:
+            raise InvalidRequest(
+                f"token_ids has {too_large[0]}; ids are below {model.text.vocab_size}",
+                field="token_ids",
+                limit=str(model.text.vocab_size),
+            )
+        return router_pb2.DetokenizeResponse(text=model.text.decode(list(request.token_ids), skip_special=False))
+
+    async def ListModels(
+        self, request: router_pb2.ListModelsRequest, context: "grpc.aio.ServicerContext[object, object]"
+    ) -> router_pb2.ListModelsResponse:
+        """Name the models served."""
+        cards = [
+            router_pb2.ModelCard(
+                name=model.name, max_context_tokens=model.max_context_tokens, fingerprint=model.fingerprint
+            )
+            for model in self._frontend.models()
+        ]
+        return router_pb2.ListModelsResponse(models=cards)
+
+    async def GetCluster(
+        self, request: router_pb2.GetClusterRequest, context: "grpc.aio.ServicerContext[object, object]"
+    ) -> router_pb2.GetClusterResponse:
+        """List the processes and their last reports."""
+        return self._cluster()
+
+    def _checked(
+        self, request: router_pb2.GenerateRequest, model: ServedModel, timeout_s: float | None
+    ) -> GenerationRequest:
+        sampling = request.sampling
+        draft = RequestDraft(
+            request_id=request.request_id or "gen-" + secrets.token_hex(12),
+            prompt=_prompt_tokens(model, request),
+            fresh_seed=secrets.randbits(64),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k if sampling.HasField("top_k") else None,
+            top_p=sampling.top_p if sampling.HasField("top_p") else None,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            max_tokens=sampling.max_tokens or None,
+            min_tokens=sampling.min_tokens,
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+            seed=sampling.seed if sampling.HasField("seed") else None,
+            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+            num_choices=request.num_choices or None,
+            stop=tuple(request.stop),
+            timeout_s=None if timeout_s is None else min(timeout_s, self._config.max_timeout_s),
+            cache_salt=request.cache_salt or None,
+        )
+        limits = RequestLimits(
+            model=model.name,
+            max_context_tokens=model.max_context_tokens,
+            vocab_size=model.text.vocab_size,
+            default_timeout_s=self._config.default_timeout_s,
+            max_timeout_s=self._config.max_timeout_s,
+        )
+        return build_request(draft, limits, now_unix_ms=self._clock.unix_ms())
+
+
+def _prompt_tokens(model: ServedModel, request: router_pb2.GenerateRequest) -> list[int]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            return model.text.encode(request.text)
+        case "tokens":
+            return list(request.tokens.token_ids)
+        case "chat":
+            return _chat_tokens(model, request.chat)
+        case _:
+            raise InvalidRequest("prompt is missing: give text, tokens or chat", field="prompt")
+
+
+def _chat_tokens(model: ServedModel, chat: router_pb2.ChatPrompt) -> list[int]:
+    if not chat.messages:
+        raise InvalidRequest("chat has no messages: give at least one", field="chat.messages")
+    return model.text.chat_tokens([{"role": message.role, "content": message.content} for message in chat.messages])

@@ -1,0 +1,192 @@
+"""A real cluster on this machine for tests and benchmarks, and the oracle that it leaks nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from headrace.v1 import cluster_pb2, router_pb2, router_pb2_grpc
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
+QUIET_TIMEOUT_S = 15.0
+POLL_S = 0.05
+FD_SLACK = 4
+"""Descriptors that may differ: a reconnecting channel holds its old socket for a moment."""
+TASK_SLACK = 2
+"""Tasks that may differ: a report or a canary may be under way when the snapshot is taken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What each process holds when nothing is running, by name."""
+
+    tasks: Mapping[str, int]
+    fds: Mapping[str, int]
+    shared_memory: frozenset[str]
+
+
+class LocalCluster:
+    """Processes started by `headrace up`, stopped by `headrace down`; a context manager.
+
+    Args:
+        run_dir: Where it keeps its files.
+        workers: As for `headrace up --workers`.
+        dtype: "fp32" or "bf16".
+        settings: Further `--set` assignments.
+        env: Further environment variables.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        workers: str = "prefill=1,decode=1",
+        dtype: str = "fp32",
+        settings: tuple[str, ...] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.run_dir = run_dir
+        self._options = ["--workers", workers, "--dtype", dtype]
+        for setting in settings:
+            self._options += ["--set", setting]
+        self._env = {**os.environ, **(env or {})}
+
+    def __enter__(self) -> "LocalCluster":
+        up = self._headrace("up", *self._options, timeout_s=START_TIMEOUT_S + STOP_TIMEOUT_S)
+        if up.returncode != 0:
+            raise RuntimeError(f"headrace up failed:\n{up.stdout}\n{up.stderr}\n{self.logs()}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._headrace("down", timeout_s=STOP_TIMEOUT_S)
+
+    def status(self) -> dict[str, object]:
+        """Return what `headrace status --json` prints."""
+        found: dict[str, object] = json.loads(self._headrace("status", "--json", timeout_s=10.0).stdout)
+        return found
+
+    @property
+    def http(self) -> str:
+        """Base URL of the OpenAI-compatible server."""
+        return str(self.status()["http"])
+
+    @property
+    def grpc(self) -> str:
+        """host:port of the router's gRPC server."""
+        return str(self.status()["grpc"])
+
+    def pid(self, name: str) -> int:
+        """Return the process id of a service."""
+        processes = self.status()["processes"]
+        if not isinstance(processes, list):
+            raise TypeError("status has no list of processes")
+        return next(int(process["pid"]) for process in processes if process["name"] == name)
+
+    def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal to a service this cluster started; returns its process id."""
+        pid = self.pid(name)
+        os.kill(pid, sig)
+        return pid
+
+    def logs(self, num_chars: int = 3000) -> str:
+        """Return the end of every log file."""
+        paths = sorted(self.run_dir.glob("logs/*.log"))
+        return "\n".join(f"== {path.name}\n{path.read_text()[-num_chars:]}" for path in paths)
+
+    def members(self) -> dict[str, router_pb2.ClusterMember]:
+        """Return the processes as the router sees them, the router itself included."""
+        with grpc.insecure_channel(self.grpc) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            answer = stub.GetCluster(router_pb2.GetClusterRequest(), timeout=5.0)
+        return {member.name: member for member in answer.members}
+
+    def wait_connected(self, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until the router may send work to every process."""
+        wait_until(lambda: self._num_disconnected() == 0, timeout_s, lambda: f"not connected: {self.members()}")
+
+    def footprint(self) -> Footprint:
+        """Wait until nothing runs and return what the processes hold then."""
+        self.wait_quiet()
+        loads = {name: member.load for name, member in self.members().items()}
+        return Footprint(
+            tasks={name: load.num_tasks for name, load in loads.items()},
+            fds={name: load.num_fds for name, load in loads.items()},
+            shared_memory=frozenset(os.listdir("/dev/shm")),  # noqa: PTH208
+        )
+
+    def wait_quiet(self, timeout_s: float = QUIET_TIMEOUT_S) -> None:
+        """Wait until no sequence, lease or transfer is left anywhere and every ledger adds up.
+
+        Raises:
+            AssertionError: something is left, named.
+        """
+        wait_until(lambda: not self._unrest(), timeout_s, lambda: "left over: " + "; ".join(self._unrest()))
+
+    def assert_no_leaks(self, before: Footprint) -> None:
+        """Assert that blocks, leases, transfers, tasks, sockets and shared memory are back where they were."""
+        self.wait_quiet()
+        wait_until(
+            lambda: not self._growth(before), QUIET_TIMEOUT_S, lambda: "leaked: " + "; ".join(self._growth(before))
+        )
+
+    def _growth(self, before: Footprint) -> list[str]:
+        grown: list[str] = []
+        for name, member in self.members().items():
+            load = member.load
+            if name in before.tasks and load.num_tasks > before.tasks[name] + TASK_SLACK:
+                grown.append(f"{name} tasks {before.tasks[name]} -> {load.num_tasks}")
+            if name in before.fds and load.num_fds > before.fds[name] + FD_SLACK:
+                grown.append(f"{name} descriptors {before.fds[name]} -> {load.num_fds}")
+        new = frozenset(os.listdir("/dev/shm")) - before.shared_memory  # noqa: PTH208
+        return grown + [f"shared memory {name}" for name in new]
+
+    def _unrest(self) -> list[str]:
+        found: list[str] = []
+        for name, member in self.members().items():
+            load, ledger = member.load, member.load.ledger
+            if ledger.free + ledger.cached + ledger.leased != ledger.total:
+                found.append(f"{name} ledger does not add up: {ledger}")
+            counts = {
+                "leased": ledger.leased,
+                "leases": ledger.num_leases,
+                "running": load.num_running,
+                "waiting": load.num_waiting,
+                "transfers": load.num_transfers,
+            }
+            found += [f"{name} {what}={count}" for what, count in counts.items() if count]
+            if not member.is_connected:
+                found.append(f"{name} not connected")
+        return found
+
+    def _num_disconnected(self) -> int:
+        return sum(not (member.is_connected and member.load.is_ready) for member in self.members().values())
+
+    def _headrace(self, *args: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "headrace.cli.main", args[0], "--run-dir", str(self.run_dir), *args[1:]]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self._env, check=False)
+
+
+def wait_until(is_true: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:
+    """Poll until a condition holds.
+
+    Raises:
+        AssertionError: it did not hold in time; `explain` says what was found.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        if time.monotonic() > deadline_s:
+            raise AssertionError(explain())
+        time.sleep(POLL_S)
+
+
+def members_by_role(members: Mapping[str, router_pb2.ClusterMember], role: "cluster_pb2.Role.ValueType") -> list[str]:
+    """Return the names of the processes of one role."""
+    return sorted(name for name, member in members.items() if member.role == role)
