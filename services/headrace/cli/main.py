@@ -1,0 +1,165 @@
+"""The command `headrace`. Every command imports what it needs when it runs, so that help is quick."""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from headrace import settings
+from headrace.errors import ConfigError, HeadraceError
+from headrace.settings import ServeArgs
+
+app = typer.Typer(
+    name="headrace",
+    help="Disaggregated LLM serving: prefill and decode apart, KV blocks moved between them.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
+
+
+class Role(Enum):
+    """What `headrace serve` can run."""
+
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+    KVSTORE = "kvstore"
+
+
+ROOTS = {
+    Role.ROUTER: "headrace.router.__main__:run",
+    Role.PREFILL: "headrace.prefill.__main__:run",
+    Role.DECODE: "headrace.decode.__main__:run",
+    Role.HYBRID: "headrace.cli.hybrid:run",
+    Role.KVSTORE: "headrace.kvstore.__main__:run",
+}
+"""Composition root of each role: `run(args: ServeArgs) -> int`."""
+
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="State of the cluster; default .run")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set one option.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16")]
+
+
+@app.command()
+def serve(
+    role: Annotated[Role, typer.Argument(help="What to run.")],
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with a section per role.")] = None,
+    assignments: Assignments = None,
+    dtype: DtypeOption = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Show value and origin, then leave.")] = False,
+) -> None:
+    """Run one service until SIGTERM."""
+    overrides = {} if role in (Role.ROUTER, Role.KVSTORE) else {"role": role.value}
+    overrides |= settings.parse_assignments(assignments or ())
+    if dtype is not None:
+        overrides["dtype"] = dtype
+    args = ServeArgs(file=config, overrides=overrides, env=settings.environment(), print_config=print_config)
+    module, _, name = ROOTS[role].partition(":")
+    run = cast(Callable[[ServeArgs], int], getattr(importlib.import_module(module), name))
+    raise typer.Exit(run(args))
+
+
+@app.command()
+def up(  # noqa: PLR0913 - one parameter is one option of the command
+    workers: Annotated[str | None, typer.Option("--workers", help="For example prefill=2,decode=2")] = None,
+    dtype: DtypeOption = None,
+    model: Annotated[Path | None, typer.Option("--model", help="GGUF file or Hugging Face folder.")] = None,
+    http_port: Annotated[int | None, typer.Option("--http-port", help="First port tried; default 8000")] = None,
+    run_dir: RunDir = None,
+    assignments: Assignments = None,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C.")] = False,
+) -> None:
+    """Start a cluster on this machine and wait until it answers."""
+    from headrace.cli import layout
+    from headrace.cli import up as local
+
+    given = {"workers": workers, "dtype": dtype, "model": model, "http_port": http_port, "dir": run_dir}
+    config = settings.load(
+        layout.RunConfig,
+        file=None,
+        section="run",
+        env=settings.environment(),
+        overrides={name: str(value) for name, value in given.items() if value is not None},
+    ).value
+    planned = layout.plan(config, assignments or ())
+    if foreground:
+        raise typer.Exit(local.foreground(planned))
+    cluster, ran_before = local.up(planned, config.ready_timeout_s)
+    typer.echo(f"headrace is {'already running' if ran_before else 'ready'}: {cluster.http}  gRPC {cluster.grpc}")
+    for process in cluster.processes:
+        typer.echo(f"  {process.name:<12} pid {process.pid or '-':<8} gRPC {process.grpc}")
+
+
+@app.command()
+def down(run_dir: RunDir = None) -> None:
+    """Stop the cluster on this machine."""
+    from headrace.cli import up as local
+
+    folder = _run_dir(run_dir)
+    stopped = local.down(folder)
+    typer.echo("headrace is stopped" if stopped else f"nothing runs in {folder}")
+
+
+@app.command()
+def status(
+    run_dir: RunDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the processes of the cluster on this machine; exit status 1 when none runs."""
+    from headrace.cli import state
+
+    cluster = state.read(_run_dir(run_dir))
+    if cluster is None or not cluster.is_running:
+        typer.echo(json.dumps({"http": None, "grpc": None, "processes": []}) if as_json else "nothing runs")
+        raise typer.Exit(1)
+    processes = [
+        dataclasses.asdict(process) | {"alive": state.is_alive(process.pid, process.started_s)}
+        for process in cluster.processes
+    ]
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(cluster) | {"processes": processes}, indent=2))
+        return
+    typer.echo(f"{cluster.http}  gRPC {cluster.grpc}  supervisor {cluster.supervisor}")
+    for row in processes:
+        life = "alive" if row["alive"] else "dead"
+        typer.echo(
+            f"  {row['name']:<12} {life:<6} pid {row['pid'] or '-':<8} {row['grpc']}  restarts {row['restarts']}"
+        )
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(importlib.metadata.version("headrace"))
+
+
+def _run_dir(given: Path | None) -> Path:
+    from headrace.cli import layout
+
+    overrides = {} if given is None else {"dir": str(given)}
+    return settings.load(
+        layout.RunConfig, file=None, section="run", env=settings.environment(), overrides=overrides
+    ).value.dir
+
+
+def main() -> None:
+    """Run the command; errors of headrace become one line and exit status 1, bad settings 2."""
+    try:
+        app()
+    except HeadraceError as error:
+        typer.echo(f"headrace: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+if __name__ == "__main__":
+    main()

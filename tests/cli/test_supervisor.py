@@ -1,0 +1,78 @@
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.cli import state
+from headrace.cli.layout import Service
+from headrace.cli.state import ProcessState
+from headrace.cli.supervisor import Supervisor
+from headrace.clock import WallClock
+
+pytestmark = pytest.mark.cluster
+
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+POLITE = "import time; print('up', flush=True); time.sleep(60)"
+NOTES_ITS_END = """
+import pathlib, signal, sys
+def leave(*_):
+    with open(sys.argv[1], 'a') as order: order.write(sys.argv[2] + '\\n')
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+print('up', flush=True)
+signal.pause()
+"""
+
+
+def service(tmp_path: Path, role: str, code: str, *arguments: str) -> Service:
+    return Service(
+        name=role,
+        role=role,
+        command=(sys.executable, "-c", code, *arguments),
+        grpc="127.0.0.1:1",
+        http=None,
+        log=tmp_path / f"{role}.log",
+    )
+
+
+async def run_until_up(supervisor: Supervisor, services: list[Service]) -> None:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(supervisor.run())
+        while not all(each.log.exists() and "up" in each.log.read_text() for each in services):
+            await asyncio.sleep(0.02)
+        supervisor.stop()
+
+
+async def test_a_service_deaf_to_sigterm_is_killed_when_the_grace_is_over(tmp_path: Path) -> None:
+    services = [service(tmp_path, "kvstore", DEAF), service(tmp_path, "router", POLITE)]
+    seen: list[tuple[ProcessState, ...]] = []
+    await run_until_up(Supervisor(services, seen.append, WallClock(), grace_s=0.5), services)
+    assert [process.last_exit for process in seen[-1]] == [-9, -15]
+    pids = {process.pid for snapshot in seen for process in snapshot if process.pid}
+    assert [state.start_of(pid) for pid in pids] == [None, None]
+
+
+async def test_the_router_leaves_first_and_the_store_last(tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    roles = ("kvstore", "prefill", "router")
+    services = [service(tmp_path, role, NOTES_ITS_END, str(order), role) for role in roles]
+    await run_until_up(Supervisor(services, lambda _: None, WallClock()), services)
+    assert order.read_text().split() == ["router", "prefill", "kvstore"]
+
+
+async def test_every_start_and_death_is_published(tmp_path: Path) -> None:
+    services = [service(tmp_path, "decode", "print('up', flush=True)")]
+    seen: list[tuple[ProcessState, ...]] = []
+    supervisor = Supervisor(services, seen.append, WallClock())
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(supervisor.run())
+        while len(seen) < 4:
+            await asyncio.sleep(0.02)
+        supervisor.stop()
+    first, dead, second, *_ = (snapshot[0] for snapshot in seen)
+    assert first.pid is not None
+    assert (first.restarts, first.last_exit) == (0, None)
+    assert (dead.pid, dead.restarts, dead.last_exit) == (None, 0, 0)
+    assert second.pid not in (None, first.pid)
+    assert second.restarts == 1
