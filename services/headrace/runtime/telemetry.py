@@ -1,0 +1,283 @@
+"""Metrics: the one place that names them. Nothing is registered globally; a registry is passed in.
+
+Names are `headrace_<role>_<noun>_<unit>`; what a process reports of itself is `headrace_worker_…` with the
+labels `worker` and `role`. Boards and autoscalers made for vLLM find the core ones again as `vllm:…`.
+"""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from headrace.clock import Clock
+from headrace.core.request import Piece
+from headrace.v1 import cluster_pb2
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+DURATION_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+_Reading: TypeAlias = Callable[[cluster_pb2.LoadReport], float]
+
+_WORKER_GAUGES: dict[str, tuple[str, _Reading]] = {
+    "running_sequences": ("Sequences in the running batch.", lambda load: load.num_running),
+    "waiting_sequences": ("Sequences waiting for blocks or a first step.", lambda load: load.num_waiting),
+    "waiting_tokens": ("Prompt tokens admitted and not yet computed.", lambda load: load.waiting_tokens),
+    "total_blocks": ("Blocks in the pool: free + cached + leased.", lambda load: load.ledger.total),
+    "free_blocks": ("Blocks with nothing in them.", lambda load: load.ledger.free),
+    "cached_blocks": ("Blocks that a prefix may find again.", lambda load: load.ledger.cached),
+    "leased_blocks": ("Blocks held by a lease or a writer in flight.", lambda load: load.ledger.leased),
+    "leases": ("Live leases.", lambda load: load.ledger.num_leases),
+    "inflight_transfers": ("Transfers posted and not settled.", lambda load: load.num_transfers),
+    "tasks": ("Live asyncio tasks.", lambda load: load.num_tasks),
+    "open_fds": ("Open file descriptors.", lambda load: load.num_fds),
+    "ready": ("1 when the process has lately proven its path.", lambda load: load.is_ready),
+}
+_WORKER_COUNTERS: dict[str, tuple[str, _Reading]] = {
+    "steps": ("Steps of the engine.", lambda load: load.num_steps),
+    "preemptions": ("Sequences preempted.", lambda load: load.num_preemptions),
+    "computed_tokens": ("Tokens computed, not reused.", lambda load: load.computed_tokens),
+    "transferred_bytes": ("Bytes moved by transfers.", lambda load: load.transferred_bytes),
+}
+_VLLM_GAUGES: dict[str, tuple[str, _Reading]] = {
+    "vllm:num_requests_running": ("Sequences in the running batch.", lambda load: load.num_running),
+    "vllm:num_requests_waiting": ("Sequences waiting.", lambda load: load.num_waiting),
+    "vllm:kv_cache_usage_perc": ("Share of blocks in use, 0 to 1.", lambda load: _usage(load.ledger)),
+}
+
+
+class RouterMetrics:
+    """What a router counts of its requests.
+
+    Args:
+        registry: Where the metrics live.
+        clock: Measures times.
+    """
+
+    def __init__(self, registry: CollectorRegistry, clock: Clock) -> None:
+        self.clock = clock
+        self.live = Gauge("headrace_router_live_requests", "Requests admitted and not ended.", registry=registry)
+        self.requests = Counter("headrace_router_requests", "Requests by outcome.", ["outcome"], registry=registry)
+        self.ttft = Histogram(
+            "headrace_router_time_to_first_token_seconds",
+            "From admission to the first token.",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.itl = Histogram(
+            "headrace_router_inter_token_latency_seconds",
+            "Gap between tokens of one answer.",
+            buckets=ITL_BUCKETS_S,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "headrace_router_request_duration_seconds",
+            "From admission to the end.",
+            buckets=DURATION_BUCKETS_S,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("headrace_router_prompt_tokens", "Tokens of prompts answered.", registry=registry)
+        self.generation_tokens = Counter("headrace_router_generation_tokens", "Tokens generated.", registry=registry)
+        self.cached_tokens = Counter("headrace_router_cached_tokens", "Prompt tokens reused.", registry=registry)
+
+    def begin(self) -> "RequestMeter":
+        """Count a request that was admitted; its `end` must be called once."""
+        self.live.inc()
+        return RequestMeter(self)
+
+    def refuse(self, outcome: str) -> None:
+        """Count a request that was not admitted.
+
+        Args:
+            outcome: Code of the error it got.
+        """
+        self.requests.labels(outcome=outcome).inc()
+
+
+class RequestMeter:
+    """Measures one request."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self._begun_s = metrics.clock.now()
+        self._has_tokens = False
+        self._last_s: dict[int, float] = {}
+
+    def piece(self, piece: Piece) -> None:
+        """Count a piece that goes to the client."""
+        if piece.usage is not None:
+            self._metrics.prompt_tokens.inc(piece.usage.prompt_tokens)
+            self._metrics.cached_tokens.inc(piece.usage.cached_tokens)
+        num_tokens = len(piece.tokens)
+        if not num_tokens:
+            return
+        now_s = self._metrics.clock.now()
+        self._metrics.generation_tokens.inc(num_tokens)
+        if not self._has_tokens:
+            self._has_tokens = True
+            self._metrics.ttft.observe(now_s - self._begun_s)
+        if piece.choice in self._last_s:
+            # Tokens that arrive together share the gap before them: a mean over gaps stays a mean over tokens.
+            gap_s = (now_s - self._last_s[piece.choice]) / num_tokens
+            for _ in range(num_tokens):
+                self._metrics.itl.observe(gap_s)
+        self._last_s[piece.choice] = now_s
+
+    def end(self, outcome: str) -> None:
+        """Count the end.
+
+        Args:
+            outcome: "ok", "cancelled", or the code of an error.
+        """
+        self._metrics.live.dec()
+        self._metrics.requests.labels(outcome=outcome).inc()
+        self._metrics.duration.observe(self._metrics.clock.now() - self._begun_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberLoad:
+    """The last report of a process.
+
+    Attributes:
+        role: For example "decode".
+        load: What it reported.
+    """
+
+    role: str
+    load: cluster_pb2.LoadReport
+
+
+class ClusterCollector(Collector):
+    """Shows the last load report of every process, read at the moment of a scrape.
+
+    Args:
+        members: Returns the reports.
+        model_name: Returns the name of the served model, for the vLLM names.
+    """
+
+    def __init__(self, members: Callable[[], Iterable[MemberLoad]], model_name: Callable[[], str]) -> None:
+        self._members = members
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family per reading."""
+        members, labels = tuple(self._members()), ["worker", "role"]
+        for name, (text, read) in _WORKER_GAUGES.items():
+            gauge = GaugeMetricFamily(f"headrace_worker_{name}", text, labels=labels)
+            for member in members:
+                gauge.add_metric([member.load.name, member.role], read(member.load))
+            yield gauge
+        for name, (text, read) in _WORKER_COUNTERS.items():
+            counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
+            for member in members:
+                counter.add_metric([member.load.name, member.role], read(member.load))
+            yield counter
+        engines = [member.load for member in members if member.role != "kvstore"]
+        for name, (text, read) in _VLLM_GAUGES.items():
+            alias = GaugeMetricFamily(name, text, labels=["model_name", "engine"])
+            for load in engines:
+                alias.add_metric([self._model_name(), load.name], read(load))
+            yield alias
+
+
+class VllmView(Collector):
+    """Shows the router's request metrics again under the names that vLLM gives them.
+
+    Args:
+        metrics: What is shown.
+        model_name: Returns the name of the served model.
+    """
+
+    def __init__(self, metrics: RouterMetrics, model_name: Callable[[], str]) -> None:
+        self._model_name = model_name
+        self._sources: dict[str, Collector] = {
+            "vllm:time_to_first_token_seconds": metrics.ttft,
+            "vllm:inter_token_latency_seconds": metrics.itl,
+            "vllm:e2e_request_latency_seconds": metrics.duration,
+            "vllm:prompt_tokens": metrics.prompt_tokens,
+            "vllm:generation_tokens": metrics.generation_tokens,
+        }
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield each source under its other name."""
+        for name, source in self._sources.items():
+            for metric in source.collect():
+                view = Metric(name, metric.documentation, metric.type)
+                for sample in metric.samples:
+                    labels = {**sample.labels, "model_name": self._model_name()}
+                    view.add_sample(name + sample.name.removeprefix(metric.name), labels, sample.value)
+                yield view
+
+
+def exposition(registry: CollectorRegistry) -> bytes:
+    """Return all metrics as Prometheus text."""
+    return generate_latest(registry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopLag:
+    """How late an event loop was, in seconds, over the samples kept."""
+
+    max_s: float = 0.0
+    p99_s: float = 0.0
+    num_samples: int = 0
+
+
+class LoopLagProbe:
+    """Measures how much later than asked a sleeping task wakes up.
+
+    Args:
+        interval_s: Time between two samples.
+        num_kept: Samples over which `lag` is taken; the default keeps the last minute.
+    """
+
+    def __init__(self, interval_s: float = 0.01, num_kept: int = 6000) -> None:
+        self._interval_s = interval_s
+        self._samples: deque[float] = deque(maxlen=num_kept)
+
+    async def run(self) -> None:
+        """Measure until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + self._interval_s
+            await asyncio.sleep(self._interval_s)
+            self._samples.append(max(0.0, loop.time() - due_s))
+
+    def lag(self) -> LoopLag:
+        """Return the lag over the samples kept."""
+        ordered = sorted(self._samples)
+        if not ordered:
+            return LoopLag()
+        p99_s = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        return LoopLag(max_s=ordered[-1], p99_s=p99_s, num_samples=len(ordered))
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        self._samples.clear()
+
+    def publish(self, registry: CollectorRegistry, role: str) -> None:
+        """Show the longest lag of the samples kept as a gauge."""
+        gauge = Gauge(f"headrace_{role}_loop_lag_seconds", "Longest lag of the event loop lately.", registry=registry)
+        gauge.set_function(lambda: self.lag().max_s)
+
+
+def num_tasks() -> int:
+    """Return the live tasks of the running event loop."""
+    return len(asyncio.all_tasks())
+
+
+def num_fds() -> int:
+    """Return the open file descriptors of this process."""
+    return psutil.Process().num_fds()
+
+
+def _usage(ledger: cluster_pb2.LedgerReport) -> float:
+    return ledger.leased / ledger.total if ledger.total else 0.0
