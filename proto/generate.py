@@ -1,6 +1,7 @@
 """Regenerate services/headrace/v1 from proto/headrace/v1.
 
-`python proto/generate.py` writes, `python proto/generate.py --check` compares and exits 1 on a difference.
+`python proto/generate.py` writes, `python proto/generate.py --check` compares and exits 1 on a difference;
+both take another folder in place of services/ as last argument.
 """
 
 import sys
@@ -50,11 +51,13 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def main(arguments: list[str]) -> int:
     """Generate or compare; return the exit status."""
-    if arguments != ["--check"]:
-        return generate(Path(arguments[0]) if arguments else SERVICES)
-    changed = differences(SERVICES)
+    folders = [Path(argument) for argument in arguments if argument != "--check"]
+    services = folders[0] if folders else SERVICES
+    if "--check" not in arguments:
+        return generate(services)
+    changed = differences(services)
     for name in changed:
-        print(f"services/{PACKAGE / name} differs from its .proto; run `make proto`")
+        print(f"{PACKAGE / name} differs from its .proto; run `make proto`")
     return 1 if changed else 0
 
 

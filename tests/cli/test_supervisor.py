@@ -1,5 +1,7 @@
 import asyncio
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,24 @@ def service(tmp_path: Path, role: str, code: str, *arguments: str) -> Service:
     )
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.02)
+
+
+def are_up(services: list[Service]) -> bool:
+    return all(each.log.exists() and "up" in each.log.read_text() for each in services)
+
+
 async def run_until_up(supervisor: Supervisor, services: list[Service]) -> None:
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:
         group.create_task(supervisor.run())
-        while not all(each.log.exists() and "up" in each.log.read_text() for each in services):
-            await asyncio.sleep(0.02)
-        supervisor.stop()
+        try:
+            await asyncio.to_thread(wait_until, lambda: are_up(services))
+        finally:
+            supervisor.stop()
 
 
 async def test_a_service_deaf_to_sigterm_is_killed_when_the_grace_is_over(tmp_path: Path) -> None:
@@ -65,11 +79,12 @@ async def test_every_start_and_death_is_published(tmp_path: Path) -> None:
     services = [service(tmp_path, "decode", "print('up', flush=True)")]
     seen: list[tuple[ProcessState, ...]] = []
     supervisor = Supervisor(services, seen.append, WallClock())
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:
         group.create_task(supervisor.run())
-        while len(seen) < 4:
-            await asyncio.sleep(0.02)
-        supervisor.stop()
+        try:
+            await asyncio.to_thread(wait_until, lambda: len(seen) >= 4)
+        finally:
+            supervisor.stop()
     first, dead, second, *_ = (snapshot[0] for snapshot in seen)
     assert first.pid is not None
     assert (first.restarts, first.last_exit) == (0, None)
