@@ -1,0 +1,245 @@
+"""The account of one pool of blocks: who holds what, until when, and what may be reused."""
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.core.block import BlockHash, BlockId
+from headrace.errors import Saturated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerCounts:
+    """How many blocks are in which state; `free + cached + leased == total` always."""
+
+    total: int
+    free: int
+    cached: int
+    leased: int
+    num_leases: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Lease:
+    """A right to blocks, for a time.
+
+    Attributes:
+        owner: Whose work it is: a sequence, a put.
+        reader: Who else reads or writes the blocks: a peer; empty when nobody does.
+        epoch: Lifetime of the reader's process.
+        deadline_s: When the clock ends it.
+        blocks: In the order of the sequence.
+    """
+
+    lease_id: str
+    owner: str
+    reader: str
+    epoch: str
+    deadline_s: float
+    blocks: list[BlockId]
+
+
+class BlockLedger:
+    """Bookkeeping of one pool; knows neither tokens nor memory.
+
+    Every block is free (nothing in it), cached (named by a hash, used by nobody, found again by its name)
+    or leased. A block may be in several leases: prefixes are shared. Writers in flight are counted apart
+    from leases; a block is reused only when it is in no lease and no writer is on it.
+
+    Args:
+        num_blocks: Size of the pool.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._total = num_blocks
+        self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
+        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+        self._users = [0] * num_blocks
+        self._leases: dict[str, Lease] = {}
+        self._writers: dict[str, tuple[BlockId, ...]] = {}
+        self._hash_of: dict[BlockId, BlockHash] = {}
+        self._block_of: dict[BlockHash, BlockId] = {}
+        self._evicted: list[BlockHash] = []
+
+    def counts(self) -> LedgerCounts:
+        """Return the state of the pool."""
+        free, cached = len(self._free), len(self._cached)
+        return LedgerCounts(
+            total=self._total,
+            free=free,
+            cached=cached,
+            leased=self._total - free - cached,
+            num_leases=len(self._leases) + len(self._writers),
+        )
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that a lease could get now: free ones, and cached ones that would be forgotten."""
+        return len(self._free) + len(self._cached)
+
+    def lease(  # noqa: PLR0913 the terms of a lease
+        self,
+        lease_id: str,
+        num_new: int,
+        *,
+        shared: Sequence[BlockId] = (),
+        owner: str = "",
+        reader: str = "",
+        epoch: str = "",
+        deadline_s: float = float("inf"),
+    ) -> tuple[BlockId, ...]:
+        """Grant `shared` blocks, which must be cached or leased, followed by new ones.
+
+        Returns:
+            All blocks of the lease.
+
+        Raises:
+            Saturated: not enough blocks; nothing has changed.
+            ValueError: the lease exists already.
+        """
+        if lease_id in self._leases:
+            raise ValueError(f"lease {lease_id} exists")
+        self._require(num_new + sum(block in self._cached for block in set(shared)))
+        for block in shared:
+            self._use(block)
+        blocks = [*shared, *self._take(num_new)]
+        self._leases[lease_id] = Lease(
+            lease_id=lease_id, owner=owner, reader=reader, epoch=epoch, deadline_s=deadline_s, blocks=blocks
+        )
+        return tuple(blocks)
+
+    def extend(self, lease_id: str, num_new: int) -> tuple[BlockId, ...]:
+        """Add new blocks to a lease and return them.
+
+        Raises:
+            Saturated: not enough blocks; nothing has changed.
+            KeyError: no such lease.
+        """
+        lease = self._leases[lease_id]
+        self._require(num_new)
+        added = self._take(num_new)
+        lease.blocks.extend(added)
+        return tuple(added)
+
+    def find(self, lease_id: str) -> Lease | None:
+        """Return a live lease; it must not be changed."""
+        return self._leases.get(lease_id)
+
+    def release(self, lease_id: str) -> bool:
+        """End a lease; False when there is none. Its last blocks become the first to be forgotten."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is None:
+            return False
+        for block in reversed(lease.blocks):
+            self._unuse(block)
+        return True
+
+    def expire(self, now_s: float) -> tuple[str, ...]:
+        """End the leases whose deadline has passed and return their ids."""
+        expired = tuple(lease.lease_id for lease in self._leases.values() if lease.deadline_s <= now_s)
+        for lease_id in expired:
+            self.release(lease_id)
+        return expired
+
+    def hold(self, writer_id: str, blocks: Sequence[BlockId]) -> None:
+        """Count a writer on leased blocks; they are not reused before `release_writer`.
+
+        Raises:
+            ValueError: the writer exists, or a block is in no lease.
+        """
+        if writer_id in self._writers:
+            raise ValueError(f"writer {writer_id} exists")
+        if not all(self._users[block] for block in blocks):
+            raise ValueError("a writer needs leased blocks")
+        for block in blocks:
+            self._use(block)
+        self._writers[writer_id] = tuple(blocks)
+
+    def release_writer(self, writer_id: str) -> bool:
+        """The writer has settled; False when it is unknown."""
+        blocks = self._writers.pop(writer_id, None)
+        if blocks is None:
+            return False
+        for block in reversed(blocks):
+            self._unuse(block)
+        return True
+
+    def name(self, block: BlockId, block_hash: BlockHash) -> bool:
+        """Give a leased block its content's name, under which it can be found.
+
+        Returns:
+            False when another block has that name; this one then stays nameless.
+        """
+        if block_hash in self._block_of:
+            return self._block_of[block_hash] == block
+        if block in self._hash_of:
+            raise ValueError(f"block {block} has another name: committed blocks do not change")
+        self._hash_of[block] = block_hash
+        self._block_of[block_hash] = block
+        return True
+
+    def lookup(self, block_hash: BlockHash) -> BlockId | None:
+        """Return the block of that name, or None."""
+        return self._block_of.get(block_hash)
+
+    def match(self, hashes: Sequence[BlockHash]) -> tuple[BlockId, ...]:
+        """Return the blocks of the longest prefix of `hashes` that is named."""
+        found: list[BlockId] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return tuple(found)
+
+    def is_cached(self, block: BlockId) -> bool:
+        """Return whether a block is named and used by nobody."""
+        return block in self._cached
+
+    def forget_cached(self) -> None:
+        """Drop the names of all cached blocks; they become free."""
+        while self._cached:
+            self._free.append(self._evict())
+
+    def names(self) -> tuple[BlockHash, ...]:
+        """Return all names, for a snapshot to the global index."""
+        return tuple(self._block_of)
+
+    def take_evicted(self) -> tuple[BlockHash, ...]:
+        """Return the names forgotten since the last call."""
+        evicted, self._evicted = tuple(self._evicted), []
+        return evicted
+
+    def _require(self, num_blocks: int) -> None:
+        if num_blocks > self.num_available:
+            raise Saturated(
+                f"{num_blocks} blocks wanted, {self.num_available} of {self._total} can be had",
+                limit=str(self._total),
+                retry_after_s=1.0,
+            )
+
+    def _take(self, num_blocks: int) -> list[BlockId]:
+        taken = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
+        for block in taken:
+            self._users[block] = 1
+        return taken
+
+    def _evict(self) -> BlockId:
+        block, _ = self._cached.popitem(last=False)
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        self._evicted.append(block_hash)
+        return block
+
+    def _use(self, block: BlockId) -> None:
+        self._cached.pop(block, None)
+        self._users[block] += 1
+
+    def _unuse(self, block: BlockId) -> None:
+        self._users[block] -= 1
+        if self._users[block]:
+            return
+        if block in self._hash_of:
+            self._cached[block] = None
+        else:
+            self._free.append(block)
