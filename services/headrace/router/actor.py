@@ -89,13 +89,14 @@ class LiveRequests:
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate; closing the generator stops all work of the request."""
         self._admit()
+        meter = self._metrics.begin()
         begun_s = self._clock.now()
         outcome = "cancelled"
         try:
             async with aclosing(self._merge(request)) as pieces:
                 async for piece in pieces:
                     self._last_token_s = self._clock.now()
-                    self._metrics.piece(request.request_id, piece)
+                    meter.piece(piece)
                     yield piece
             outcome = "ok"
         except HeadraceError as error:
@@ -105,7 +106,7 @@ class LiveRequests:
             self._num_live -= 1
             duration_s = self._clock.now() - begun_s
             self._mean_request_s += MEAN_WEIGHT * (duration_s - self._mean_request_s)
-            self._metrics.end(request.request_id, outcome)
+            meter.end(outcome)
 
     def _admit(self) -> None:
         if self.is_draining:
