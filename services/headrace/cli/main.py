@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from headrace import settings
-from headrace.errors import ConfigError, HeadraceError
+from headrace.errors import ConfigError, HeadraceError, NotReady
 from headrace.settings import ServeArgs
+
+if TYPE_CHECKING:
+    from headrace.cli.state import ClusterState
 
 app = typer.Typer(
     name="headrace",
@@ -24,6 +27,9 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
+
+doctor = typer.Typer(help="Measure what a cluster is built on.", no_args_is_help=True)
+app.add_typer(doctor, name="doctor")
 
 
 class Role(Enum):
@@ -137,10 +143,35 @@ def status(
         )
 
 
+@doctor.command()
+def transport(run_dir: RunDir = None) -> None:
+    """Measure lane, bandwidth and latency between each pair of processes that hold KV blocks."""
+    from headrace.cli.doctor import HEADER, measure_lanes
+
+    processes = _running(run_dir).processes
+    addresses = {process.name: process.grpc for process in processes if process.role != Role.ROUTER.value}
+    typer.echo(HEADER)
+    is_broken = False
+    for lane in measure_lanes(addresses):
+        typer.echo(lane.row())
+        is_broken |= lane.error is not None
+    raise typer.Exit(int(is_broken))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(importlib.metadata.version("headrace"))
+
+
+def _running(run_dir: Path | None) -> "ClusterState":
+    from headrace.cli import state
+
+    folder = _run_dir(run_dir)
+    cluster = state.read(folder)
+    if cluster is None or not cluster.is_running:
+        raise NotReady(f"nothing runs in {folder}; start it with `headrace up`")
+    return cluster
 
 
 def _run_dir(given: Path | None) -> Path:
