@@ -143,6 +143,19 @@ def status(
         )
 
 
+@app.command()
+def systems() -> None:
+    """Show the research systems that are built in."""
+    from headrace import catalog
+
+    row = "{:<20} {:<10} {:<9} {}"
+    typer.echo(row.format("name", "seams", "tokens", "paper"))
+    for technique in map(catalog.load, catalog.names()):
+        exactness = "exact" if technique.is_lossless else "lossy"
+        typer.echo(row.format(technique.name, ",".join(technique.seams), exactness, technique.paper))
+        typer.echo(row.format("", "", "", technique.measured))
+
+
 @doctor.command()
 def transport(run_dir: RunDir = None) -> None:
     """Measure lane, bandwidth and latency between each pair of processes that hold KV blocks."""
