@@ -164,6 +164,10 @@ class BlockLedger:
             self._unuse(block)
         return True
 
+    def next_deadline_s(self) -> float:
+        """Return when the first lease ends by the clock; infinity when none does."""
+        return min((lease.deadline_s for lease in self._leases.values()), default=float("inf"))
+
     def name(self, block: BlockId, block_hash: BlockHash) -> bool:
         """Give a leased block its content's name, under which it can be found.
 
@@ -191,6 +195,11 @@ class BlockLedger:
                 break
             found.append(block)
         return tuple(found)
+
+    def num_exclusive(self, lease_id: str) -> int:
+        """Return how many blocks the end of a lease makes available."""
+        lease = self._leases.get(lease_id)
+        return 0 if lease is None else sum(self._users[block] == 1 for block in lease.blocks)
 
     def is_cached(self, block: BlockId) -> bool:
         """Return whether a block is named and used by nobody."""

@@ -59,11 +59,13 @@ class StepPlan:
 
     Attributes:
         items: Work of the step, in the order it is packed.
+        admit: Waiting sequences that get blocks for all their known tokens.
         evict: Running sequences that give up their blocks and are recomputed later.
         wake_at: Time at which to plan again when there are no items; None waits for an event.
     """
 
     items: tuple[WorkItem, ...] = ()
+    admit: tuple[SequenceId, ...] = ()
     evict: tuple[SequenceId, ...] = ()
     wake_at: float | None = None
 
@@ -82,7 +84,11 @@ class SequenceView:
         num_tokens: Tokens known: prompt and output.
         num_computed: Leading tokens whose KV is present.
         num_blocks: Blocks its table holds.
-        is_running: Whether it holds blocks and takes part in steps; the others wait.
+        num_blocks_to_admit: Blocks that its admission takes from the available ones, at most.
+        num_exclusive_blocks: Blocks that its eviction makes available, at least.
+        is_held: Whether it has blocks but may not compute yet: its KV is on its way.
+        is_decoding: Whether it has generated here.
+        is_running: Whether it takes part in steps; the others wait for blocks.
         can_evict: Whether it may be preempted (a sequence whose KV is being pushed may not).
         deadline_s: Deadline on the engine's clock.
     """
@@ -92,7 +98,11 @@ class SequenceView:
     num_tokens: int
     num_computed: int
     num_blocks: int
+    num_blocks_to_admit: int = 0
+    num_exclusive_blocks: int = 0
     is_running: bool
+    is_held: bool = False
+    is_decoding: bool = False
     can_evict: bool = True
     deadline_s: float = float("inf")
 
@@ -108,7 +118,7 @@ class SchedulerView:
 
     Attributes:
         sequences: All schedulable sequences, in any order.
-        num_free_blocks: Blocks that can be taken now: free ones and cached ones nobody uses.
+        num_available: Blocks that can be taken now: free ones and cached ones nobody uses.
         block_tokens: Tokens per block.
         num_layers: Layers of the model.
         token_budget: Most tokens of one step.
@@ -116,7 +126,7 @@ class SchedulerView:
     """
 
     sequences: tuple[SequenceView, ...] = field(default=())
-    num_free_blocks: int
+    num_available: int
     block_tokens: int
     num_layers: int
     token_budget: int

@@ -196,7 +196,7 @@ def check_prompt_length(num_tokens: int, limits: RequestLimits, *, name: str = "
     context = limits.max_context_tokens
     if num_tokens >= context:
         raise InvalidRequest(
-            f"{name} has {num_tokens} tokens or more; the context of {limits.model} holds {context} for prompt "
+            f"{name} has at least {num_tokens} tokens; the context of {limits.model} holds {context} for prompt "
             "and answer together",
             field=name,
             limit=f"{context - 1} tokens",

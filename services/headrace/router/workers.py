@@ -72,7 +72,10 @@ class WorkerTable:
         channels: gRPC channels by address.
         clock: Ages reservations.
         report_timeout_s: Silence after which a worker counts as dead.
-        on_meet: Called after each handshake.
+
+    Attributes:
+        members: By address.
+        on_meet: Called after each handshake; set before `follow`.
     """
 
     def __init__(
@@ -83,13 +86,12 @@ class WorkerTable:
         channels: Channels,
         clock: Clock,
         report_timeout_s: float,
-        on_meet: Callable[[cluster_pb2.HandshakeResponse], None],
     ) -> None:
         self._name = name
         self._channels = channels
         self._clock = clock
         self._report_timeout_s = report_timeout_s
-        self._on_meet = on_meet
+        self.on_meet: Callable[[cluster_pb2.HandshakeResponse], None] = lambda _: None
         self.members = {address: Worker(address=address) for address in addresses}
 
     def usable(self) -> list[Worker]:
@@ -151,7 +153,7 @@ class WorkerTable:
             identity = await stub.Handshake(hello, timeout=HANDSHAKE_TIMEOUT_S)
             check_peer(identity, self._fingerprint_of_others(member))
             member.identity = identity
-            self._on_meet(identity)
+            self.on_meet(identity)
             reports = stub.WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=REPORT_INTERVAL_MS))
             try:
                 await self._read_reports(member, reports)

@@ -1,0 +1,93 @@
+"""The engine's blocks: leases of sequences, and the prefixes that stay behind."""
+
+from headrace.core.block import BlockHash, BlockId, blocks_for, chain_hash
+from headrace.core.ledger import BlockLedger, LedgerCounts
+from headrace.engine.messages import CacheChange
+from headrace.engine.sequence import Sequence
+
+
+class BlockCache:
+    """Hands blocks to sequences and names them when they are full, so that others find them.
+
+    A full block is found by the chained hash of everything up to its end; partial blocks are never shared.
+    The last known token is never taken from the cache: its logits choose the next one.
+
+    Args:
+        num_blocks: Size of the pool.
+        block_tokens: Tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self.ledger = BlockLedger(num_blocks)
+        self.block_tokens = block_tokens
+        self._stored: list[BlockHash] = []
+
+    def counts(self) -> LedgerCounts:
+        """Return the state of the pool."""
+        return self.ledger.counts()
+
+    def match(self, sequence: Sequence) -> tuple[BlockId, ...]:
+        """Return the blocks of the longest reusable prefix of a sequence's known tokens."""
+        self._hash_full_blocks(sequence)
+        usable = (len(sequence.tokens) - 1) // self.block_tokens
+        return self.ledger.match(sequence.hashes[:usable])
+
+    def admission_cost(self, sequence: Sequence) -> int:
+        """Return how many available blocks an admission takes: new ones, and cached ones that it revives."""
+        matched = self.match(sequence)
+        revived = sum(self.ledger.is_cached(block) for block in matched)
+        return blocks_for(len(sequence.tokens), self.block_tokens) - len(matched) + revived
+
+    def admit(self, sequence: Sequence) -> None:
+        """Lease blocks for all known tokens, shared ones first; sets the KV that is present."""
+        matched = self.match(sequence)
+        num_new = blocks_for(len(sequence.tokens), self.block_tokens) - len(matched)
+        spec = sequence.spec
+        blocks = self.ledger.lease(spec.sequence_id, num_new, shared=matched, owner=spec.sequence_id)
+        sequence.blocks = list(blocks)
+        sequence.num_named = len(matched)
+        sequence.place(len(matched) * self.block_tokens)
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Make the table hold `num_tokens`."""
+        missing = blocks_for(num_tokens, self.block_tokens) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks.extend(self.ledger.extend(sequence.spec.sequence_id, missing))
+
+    def name_full_blocks(self, sequence: Sequence) -> None:
+        """Name the blocks that computed tokens have filled since the last call."""
+        num_full = sequence.kv_length // self.block_tokens
+        if num_full <= sequence.num_named:
+            return
+        self._hash_full_blocks(sequence)
+        for index in range(sequence.num_named, num_full):
+            block_hash = sequence.hashes[index]
+            is_new = self.ledger.lookup(block_hash) is None
+            if self.ledger.name(sequence.blocks[index], block_hash) and is_new:
+                self._stored.append(block_hash)
+        sequence.num_named = num_full
+
+    def num_exclusive(self, sequence: Sequence) -> int:
+        """Return how many blocks a sequence's eviction makes available, at least."""
+        return self.ledger.num_exclusive(sequence.spec.sequence_id)
+
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence's lease; its named blocks stay until they are needed."""
+        self.ledger.release(sequence.spec.sequence_id)
+
+    def take_change(self) -> CacheChange | None:
+        """Return what came into and left the cache since the last call, or None."""
+        evicted, named = self.ledger.take_evicted(), self._stored
+        if not evicted and not named:
+            return None
+        self._stored = []
+        # A block may have come and gone, or gone and come back, since the last call: what is true now counts.
+        stored = tuple(block for block in dict.fromkeys(named) if self.ledger.lookup(block) is not None)
+        removed = tuple(block for block in dict.fromkeys(evicted) if self.ledger.lookup(block) is None)
+        return CacheChange(stored=stored, removed=removed)
+
+    def _hash_full_blocks(self, sequence: Sequence) -> None:
+        size = self.block_tokens
+        for index in range(len(sequence.hashes), len(sequence.tokens) // size):
+            parent = sequence.hashes[-1] if sequence.hashes else sequence.root
+            sequence.hashes.append(chain_hash(parent, sequence.tokens[index * size : (index + 1) * size]))

@@ -1,0 +1,89 @@
+"""A sequence inside the engine."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace.core.block import BlockHash, BlockId, blocks_for
+from headrace.core.request import FinishReason, SequenceSpec
+from headrace.engine.messages import EventSink, Goal
+
+
+class State(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    """Has no blocks."""
+    HELD = "held"
+    """Has blocks; its KV is being fetched or pushed; waits for Begin."""
+    RUNNING = "running"
+    """Takes part in steps."""
+    DONE = "done"
+    """Computed; keeps its blocks until Close."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Sequence:
+    """Tokens, positions and blocks of one choice of one request; changed by the engine's thread only.
+
+    Attributes:
+        arrival: Order of arrival; kept over preemption.
+        tokens: Prompt and output.
+        kv_length: Leading tokens whose KV is in the blocks.
+        next_position: Position of the next token computed; apart from `kv_length`, which pruning may shrink.
+        blocks: Block table.
+        hashes: Chained hashes of the full blocks of `tokens`, extended as blocks fill.
+        has_begun: Whether Begin was given; a preempted sequence does not wait for another.
+        num_named: Leading blocks that carry their name in the ledger.
+    """
+
+    spec: SequenceSpec
+    goal: Goal
+    sink: EventSink
+    arrival: int
+    deadline_s: float
+    root: BlockHash
+    state: State = State.WAITING
+    tokens: list[int] = field(default_factory=list)
+    kv_length: int = 0
+    next_position: int = 0
+    blocks: list[BlockId] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    has_begun: bool = False
+    num_named: int = 0
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated, here or before a move."""
+        return len(self.tokens) - len(self.spec.prompt)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but the last token are in the cache and the last was generated."""
+        return self.kv_length == len(self.tokens) - 1 and len(self.tokens) > len(self.spec.tokens)
+
+    def place(self, num_present: int) -> None:
+        """Say that the KV of the first `num_present` tokens is in the blocks."""
+        self.kv_length = num_present
+        self.next_position = num_present
+
+    def lose_blocks(self) -> None:
+        """Forget the blocks; all tokens are computed again."""
+        self.blocks.clear()
+        self.place(0)
+        self.num_named = 0
+        self.state = State.WAITING
+
+    def finish_reason(self, token: int, eos: frozenset[int], max_context: int) -> FinishReason | None:
+        """Return why the answer ends with `token`, which is already among `tokens`, or None."""
+        sampling = self.spec.sampling
+        may_stop = self.num_output >= sampling.min_tokens
+        if may_stop and (token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)):
+            return FinishReason.STOP
+        if self.num_output >= sampling.max_tokens or len(self.tokens) >= max_context:
+            return FinishReason.LENGTH
+        return None
+
+    def most_blocks(self, block_tokens: int, max_context: int) -> int:
+        """Return how many blocks the longest answer needs."""
+        longest = min(len(self.spec.prompt) + self.spec.sampling.max_tokens, max_context)
+        return blocks_for(max(longest, len(self.tokens)), block_tokens)

@@ -1,0 +1,90 @@
+"""The engine's own thread: the event loop never waits for a step."""
+
+import logging
+import threading
+from collections import deque
+
+from headrace.clock import Clock
+from headrace.engine.engine import Engine
+from headrace.engine.messages import Begin, EngineCommand, EngineStats, HoldWriter, Open, Pin
+from headrace.errors import Draining, Saturated
+
+logger = logging.getLogger(__name__)
+
+MAX_QUEUED_COMMANDS = 4096
+"""A step of a second at thousands of requests a second; beyond it new work is refused."""
+
+
+class EngineThread:
+    """Runs an engine until stopped; commands are applied between steps, idling costs nothing.
+
+    Args:
+        engine: Used by this thread only, once started.
+        clock: Bounds waits by the engine's next deadline.
+    """
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._commands: deque[EngineCommand] = deque()
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._stats = engine.stats()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start stepping."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Fail what is left, end the thread and wait for it; at most one step."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs; a dead one means a bug in the engine."""
+        return self._thread.is_alive()
+
+    def send(self, command: EngineCommand) -> None:
+        """Queue a command and return at once; any thread may call it.
+
+        Raises:
+            Saturated: too many commands wait. Commands that free something are never refused.
+        """
+        with self._wake:
+            brings_work = isinstance(command, Open | Begin | Pin | HoldWriter)
+            if brings_work and len(self._commands) >= MAX_QUEUED_COMMANDS:
+                raise Saturated("the engine's mailbox is full", limit=str(MAX_QUEUED_COMMANDS), retry_after_s=1.0)
+            self._commands.append(command)
+            self._wake.notify()
+
+    def stats(self) -> EngineStats:
+        """Return the state after the last step."""
+        return self._stats
+
+    def _run(self) -> None:
+        while self._wait():
+            self._apply_all()
+            while self._engine.step():
+                self._stats = self._engine.stats()
+                self._apply_all()
+                if self._is_stopping:
+                    break
+            self._stats = self._engine.stats()
+        self._engine.fail_all(Draining("this worker is leaving: ask another", retry_after_s=1.0))
+        self._stats = self._engine.stats()
+
+    def _wait(self) -> bool:
+        """Sleep until there is a command, a deadline or the end; False at the end."""
+        deadline_s = self._engine.next_deadline_s()
+        timeout_s = None if deadline_s is None else max(0.0, deadline_s - self._clock.now())
+        with self._wake:
+            self._wake.wait_for(lambda: bool(self._commands) or self._is_stopping, timeout_s)
+            return not self._is_stopping
+
+    def _apply_all(self) -> None:
+        while self._commands:
+            self._engine.apply(self._commands.popleft())

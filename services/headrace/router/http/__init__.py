@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP front: translates requests and answers, decides nothing."""

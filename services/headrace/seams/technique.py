@@ -1,0 +1,32 @@
+"""What a technique's folder says of itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.seams.shape import ShapePolicy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Technique:
+    """Manifest of one technique: one folder under `techniques/`, one published system.
+
+    Attributes:
+        name: Name of the folder, the setting, the metric label and the tests.
+        title: Name of the paper.
+        paper: Where it was published.
+        is_lossless: Whether its tokens equal the baseline's; a lossy one states its bound in its README.
+        measured: Ratio to the baseline with the machine and the date, or what keeps it from being measured.
+        shape: Makes the shape policy, if the technique fills that seam.
+    """
+
+    name: str
+    title: str
+    paper: str
+    is_lossless: bool
+    measured: str
+    shape: Callable[[], ShapePolicy] | None = None
+
+    @property
+    def seams(self) -> tuple[str, ...]:
+        """Names of the seams it fills."""
+        return ("shape",) if self.shape is not None else ()

@@ -1,0 +1,20 @@
+"""SARATHI: chunked prefill with piggybacked decodes."""
+
+from headrace.seams.shape import ShapePolicy
+from headrace.seams.technique import Technique
+
+
+def _shape() -> ShapePolicy:
+    from headrace.techniques.sarathi.shape import ChunkedShape
+
+    return ChunkedShape()
+
+
+TECHNIQUE = Technique(
+    name="sarathi",
+    title="SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills",
+    paper="arXiv:2308.16369; Sarathi-Serve, OSDI 2024",
+    is_lossless=True,
+    measured="not measured yet: the ratio is loadtest/ratios/bench_sarathi.py",
+    shape=_shape,
+)

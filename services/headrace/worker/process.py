@@ -1,0 +1,223 @@
+"""One worker process: what it is made of, and what it says of itself."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.clock import Clock
+from headrace.core.request import PROTOCOL_VERSION, SamplingParams, SequenceId, SequenceSpec
+from headrace.core.wire import layout_to_proto
+from headrace.engine.messages import EngineStats, Goal, Sampled
+from headrace.engine.runner import ModelRunner
+from headrace.errors import HeadraceError, PeerFailed
+from headrace.runtime.server import GrpcServer
+from headrace.runtime.telemetry import num_fds, num_tasks
+from headrace.transfer.connector import Connector, PoolDescriptor
+from headrace.transfer.measure import measure
+from headrace.transfer.wire import pool_to_proto
+from headrace.v1 import cluster_pb2
+from headrace.worker.config import WorkerConfig, WorkerRole
+from headrace.worker.engine import AsyncEngine
+from headrace.worker.peers import Peers
+
+logger = logging.getLogger(__name__)
+
+CANARY_INTERVAL_S = 5.0
+CANARY_TIMEOUT_S = 10.0
+PEER_RETRY_S = 0.2
+NUM_SCRATCH_BLOCKS = 8
+"""Blocks at the end of the arena that the block pool never hands out: targets of transport tests."""
+
+_ROLES = {
+    WorkerRole.PREFILL: cluster_pb2.ROLE_PREFILL,
+    WorkerRole.DECODE: cluster_pb2.ROLE_DECODE,
+    WorkerRole.HYBRID: cluster_pb2.ROLE_HYBRID,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What peers must agree on.
+
+    Attributes:
+        name: What requests call the model.
+        fingerprint: Digest of weights, dtype, layout and kernels.
+    """
+
+    name: str
+    fingerprint: str
+
+
+class WorkerMember:
+    """A worker as the cluster sees it; implements `runtime.cluster.Member`.
+
+    Args:
+        config: Name, role, address.
+        epoch: Lifetime of this process.
+        model: What it serves.
+        runner: Layout and context length.
+        engine: Source of load.
+        connector: Source of the pool and of transfer counts.
+        peers: Connections for transport tests.
+        begin_drain: Asks the process to leave.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: WorkerConfig,
+        epoch: str,
+        model: ModelIdentity,
+        runner: ModelRunner,
+        engine: AsyncEngine,
+        connector: Connector,
+        clock: Clock,
+        begin_drain: Callable[[float], None],
+    ) -> None:
+        self._config = config
+        self._epoch = epoch
+        self._model = model
+        self._runner = runner
+        self._engine = engine
+        self._connector = connector
+        self._clock = clock
+        self._begin_drain = begin_drain
+        self._last_token_s: float | None = None
+        self._is_draining = False
+        self.peers: Peers | None = None
+        self.not_ready_reason = "starting"
+
+    def introduce(self) -> cluster_pb2.HandshakeRequest:
+        """Return what this worker says when it opens a connection."""
+        return cluster_pb2.HandshakeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=self._model.fingerprint,
+            name=self._config.name,
+            role=_ROLES[self._config.role],
+            epoch=self._epoch,
+            pool=pool_to_proto(self._connector.pool),
+            layout=layout_to_proto(self._runner.layout),
+        )
+
+    def describe(self) -> cluster_pb2.HandshakeResponse:
+        """Return identity, model and pool."""
+        return cluster_pb2.HandshakeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=self._model.fingerprint,
+            name=self._config.name,
+            role=_ROLES[self._config.role],
+            epoch=self._epoch,
+            pool=pool_to_proto(self._connector.pool),
+            layout=layout_to_proto(self._runner.layout),
+            model=self._model.name,
+            max_context_tokens=self._runner.max_context_tokens,
+        )
+
+    def load(self) -> cluster_pb2.LoadReport:
+        """Return the load now."""
+        stats, transfers = self._engine.stats(), self._connector.stats()
+        return cluster_pb2.LoadReport(
+            name=self._config.name,
+            epoch=self._epoch,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            waiting_tokens=stats.waiting_tokens,
+            ledger=_ledger(stats),
+            num_transfers=transfers.num_inflight,
+            num_tasks=num_tasks(),
+            num_fds=num_fds(),
+            num_steps=stats.num_steps,
+            is_ready=not self.not_ready_reason,
+            not_ready_reason=self.not_ready_reason,
+            is_draining=self._is_draining,
+            num_preemptions=stats.num_preemptions,
+            computed_tokens=stats.computed_tokens,
+            transferred_bytes=transfers.written_bytes + transfers.read_bytes,
+        )
+
+    async def meet(self, caller: cluster_pb2.HandshakeRequest) -> None:
+        """Nothing to note: whoever writes into this worker's blocks holds a reservation."""
+
+    async def drain(self, grace_s: float) -> int:
+        """Stop admitting and begin to leave."""
+        self._is_draining = True
+        self._begin_drain(grace_s)
+        return self._engine.stats().num_running
+
+    async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
+        """Move scratch blocks to and from a peer's scratch blocks."""
+        if self.peers is None:
+            raise PeerFailed("this worker has not met its peers yet")
+        peer = await self.peers.ensure(peer_address)
+        local = _scratch(self._connector.pool)
+        remote = list(range(peer.pool.num_blocks - len(local), peer.pool.num_blocks))
+        found = await measure(self._connector, peer.pool.agent_name, local, remote, self._clock)
+        return cluster_pb2.MeasureTransportResponse(
+            peer_name=peer.name,
+            lane=found.lane,
+            write_bytes_per_s=found.write_bytes_per_s,
+            read_bytes_per_s=found.read_bytes_per_s,
+            latency_us=found.latency_us,
+        )
+
+    async def keep_ready(self, server: GrpcServer) -> None:
+        """Prove this worker's path with a real token at start and whenever none passed lately."""
+        await self._meet_peers()
+        num_seen = -1
+        while True:
+            num_steps = self._engine.stats().num_steps
+            if num_steps == num_seen or self.not_ready_reason:
+                self.not_ready_reason = await self._try_canary()
+                num_steps = self._engine.stats().num_steps
+                await server.set_ready(is_ready=not self.not_ready_reason, reason=self.not_ready_reason)
+            num_seen = num_steps
+            await asyncio.sleep(PEER_RETRY_S if self.not_ready_reason else CANARY_INTERVAL_S)
+
+    async def _meet_peers(self) -> None:
+        """Connect configured peers once, so that no request pays for it; a dead one is met when it is needed."""
+        addresses = [*self._config.peers, *([self._config.kvstore] if self._config.kvstore else [])]
+        for address in addresses:
+            self.not_ready_reason = f"starting: connecting {address}"
+            deadline_s = self._clock.now() + CANARY_TIMEOUT_S
+            while self.peers is not None and self._clock.now() < deadline_s:
+                try:
+                    await self.peers.ensure(address)
+                    break
+                except PeerFailed:
+                    await asyncio.sleep(PEER_RETRY_S)
+
+    async def _try_canary(self) -> str:
+        """Generate one token in this worker's own engine; return why that failed, or nothing."""
+        now_ms = self._clock.unix_ms()
+        spec = SequenceSpec(
+            sequence_id=SequenceId(f"canary-{self._config.name}-{now_ms}"),
+            model=self._model.name,
+            prompt=(0,),
+            sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
+            deadline_unix_ms=now_ms + int(CANARY_TIMEOUT_S * 1000),
+        )
+        try:
+            async with asyncio.timeout(CANARY_TIMEOUT_S), self._engine.open(spec, Goal.ANSWER) as sequence:
+                sequence.begin(0)
+                while not any(isinstance(event, Sampled) for event in await sequence.events()):
+                    pass
+        except TimeoutError:
+            return "the canary token did not come in time"
+        except HeadraceError as error:
+            return f"the canary token failed: {error.code}"
+        return ""
+
+
+def _ledger(stats: EngineStats) -> cluster_pb2.LedgerReport:
+    return cluster_pb2.LedgerReport(
+        total=stats.total_blocks,
+        free=stats.free_blocks,
+        cached=stats.cached_blocks,
+        leased=stats.leased_blocks,
+        num_leases=stats.num_leases,
+    )
+
+
+def _scratch(pool: PoolDescriptor) -> list[int]:
+    return list(range(pool.num_blocks - NUM_SCRATCH_BLOCKS, pool.num_blocks))
