@@ -1,0 +1,194 @@
+"""The synchronous client: the same calls as the asynchronous one, made from threads."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar, Unpack, cast
+
+import grpc
+
+from headrace.client import messages
+from headrace.client.attempts import Attempts
+from headrace.client.fold import AnswerFold
+from headrace.client.rpc import DEFAULT_ADDRESS, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, OPTIONS, policy_of, typed_errors
+from headrace.client.values import Answer, GenerateOptions, MemberInfo, Message, ModelInfo
+from headrace.core.request import Piece
+from headrace.errors import Cancelled, HeadraceError
+from headrace.v1 import router_pb2, router_pb2_grpc
+
+ResultT = TypeVar("ResultT")
+
+
+class StreamCall(Protocol):
+    """What this module needs of a call whose responses are a stream."""
+
+    def __next__(self) -> router_pb2.GenerateResponse:
+        """Wait for the next response."""
+        ...
+
+    def cancel(self) -> bool:
+        """Stop the call; without effect when it has ended."""
+        ...
+
+
+class Client:
+    """Talks to a router; one connection, any number of calls at once from any number of threads.
+
+    All methods raise HeadraceError. Calls that failed for lack of room or by a dead process are made
+    again, as long as nothing of their answer has arrived.
+
+    Args:
+        address: host:port of the router's gRPC server.
+        timeout_s: Longest time for a call that names none, retries included.
+        retries: Most further attempts of a call.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retries: int = DEFAULT_RETRIES,
+    ) -> None:
+        self._address = address
+        self._policy = policy_of(timeout_s, retries)
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._stub = router_pb2_grpc.RouterServiceStub(self._channel)
+        self._closed = threading.Event()
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
+        """Continue a text, or tokens."""
+        with self.stream(prompt, **options) as stream:
+            return stream.answer()
+
+    def chat(self, chat: Iterable[Message], **options: Unpack[GenerateOptions]) -> Answer:
+        """Answer a chat."""
+        with self.stream_chat(chat, **options) as stream:
+            return stream.answer()
+
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> "Stream":
+        """Continue a text, or tokens, piece by piece."""
+        return self._stream_of(messages.text_request(prompt, options), options)
+
+    def stream_chat(self, chat: Iterable[Message], **options: Unpack[GenerateOptions]) -> "Stream":
+        """Answer a chat piece by piece."""
+        return self._stream_of(messages.chat_request(chat, options), options)
+
+    def tokenize(self, source: str | Iterable[Message], model: str | None = None) -> tuple[int, ...]:
+        """Return the tokens of a text, or of a chat rendered with the prompt for an answer."""
+        request = messages.tokenize_request(source, model)
+        response = self._call(lambda timeout_s: self._stub.Tokenize(request, timeout=timeout_s))
+        return tuple(response.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
+        """Return the text of tokens."""
+        request = messages.detokenize_request(token_ids, model)
+        return self._call(lambda timeout_s: self._stub.Detokenize(request, timeout=timeout_s)).text
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """Return the models served."""
+        request = router_pb2.ListModelsRequest()
+        response = self._call(lambda timeout_s: self._stub.ListModels(request, timeout=timeout_s))
+        return tuple(messages.model_of(card) for card in response.models)
+
+    def cluster(self) -> tuple[MemberInfo, ...]:
+        """Return the processes that the router knows and their last load."""
+        request = router_pb2.GetClusterRequest()
+        response = self._call(lambda timeout_s: self._stub.GetCluster(request, timeout=timeout_s))
+        return tuple(messages.member_of(member) for member in response.members)
+
+    def close(self) -> None:
+        """Close the connection; calls still running, or waiting to be made again, raise Cancelled."""
+        self._closed.set()
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stream_of(self, request: router_pb2.GenerateRequest, options: GenerateOptions) -> "Stream":
+        def begin(timeout_s: float) -> StreamCall:
+            return self._stub.Generate(request, timeout=timeout_s)
+
+        attempts = Attempts(self._policy, options.get("timeout_s"))
+        return Stream(self._address, attempts, begin, request.num_choices or 1, self._pause)
+
+    def _call(self, begin: Callable[[float], ResultT]) -> ResultT:
+        attempts = Attempts(self._policy, None)
+        while True:
+            try:
+                with typed_errors(self._address):
+                    return begin(attempts.remaining_s())
+            except HeadraceError as error:
+                self._pause(attempts.pause_s(error))
+
+    def _pause(self, pause_s: float) -> None:
+        if self._closed.wait(pause_s):
+            raise Cancelled(f"the client of {self._address} was closed during the call")
+
+
+class Stream:
+    """The pieces of one call as they arrive; leaving it early stops the work in the cluster.
+
+    Iterate it, ask it for the whole `answer`, or both. The call begins with the first of these.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        attempts: Attempts,
+        begin: "Callable[[float], StreamCall]",
+        num_choices: int,
+        pause: Callable[[float], None],
+    ) -> None:
+        self._address = address
+        self._attempts = attempts
+        self._begin = begin
+        self._pause = pause
+        self._fold = AnswerFold(num_choices, attempts.begun_s)
+        self._call: StreamCall | None = None
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Piece:
+        if self._answer is not None:
+            raise StopIteration
+        response = self._read() if self._call is not None else self._read_first()
+        now_s = self._attempts.now_s()
+        if response is None:
+            self._answer = self._fold.answer(now_s)
+            raise StopIteration
+        return self._fold.add(response, now_s)
+
+    def answer(self) -> Answer:
+        """Take in the rest and return the whole answer."""
+        for _ in self:
+            pass
+        return cast(Answer, self._answer)
+
+    def close(self) -> None:
+        """Stop the work in the cluster if it still runs."""
+        if self._call is not None:
+            self._call.cancel()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_first(self) -> router_pb2.GenerateResponse | None:
+        while True:
+            try:
+                with typed_errors(self._address):
+                    self._call = self._begin(self._attempts.remaining_s())
+                return self._read()
+            except HeadraceError as error:
+                self._pause(self._attempts.pause_s(error))
+
+    def _read(self) -> router_pb2.GenerateResponse | None:
+        with typed_errors(self._address):
+            return next(cast(StreamCall, self._call), None)
