@@ -1,0 +1,99 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.cli.main import Role
+
+
+def headrace(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "headrace.cli.main", *arguments],
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_help_lists_every_command(tmp_path: Path) -> None:
+    found = headrace("--help", cwd=tmp_path).stdout
+    for command in ("serve", "up", "down", "status", "systems", "doctor", "version", "chat", "complete", "models"):
+        assert f"\n  {command} " in found
+
+
+def test_version_is_the_version_of_the_package(tmp_path: Path) -> None:
+    assert headrace("version", cwd=tmp_path).stdout == "0.1.0\n"
+
+
+def test_systems_shows_each_technique_with_its_paper(tmp_path: Path) -> None:
+    assert "arXiv:2308.16369" in headrace("systems", cwd=tmp_path).stdout
+
+
+def test_status_without_a_cluster_says_so_and_fails(tmp_path: Path) -> None:
+    found = headrace("status", "--json", cwd=tmp_path)
+    assert found.returncode == 1
+    assert json.loads(found.stdout) == {"http": None, "grpc": None, "processes": []}
+
+
+def test_down_without_a_cluster_is_no_error(tmp_path: Path) -> None:
+    found = headrace("down", cwd=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "nothing runs in .run\n")
+
+
+def test_the_run_directory_comes_from_the_environment(tmp_path: Path) -> None:
+    assert "nothing runs in elsewhere" in headrace("down", cwd=tmp_path, HEADRACE_RUN_DIR="elsewhere").stdout
+
+
+def test_the_doctor_needs_a_cluster(tmp_path: Path) -> None:
+    found = headrace("doctor", "transport", cwd=tmp_path)
+    assert found.returncode == 1
+    assert "start it with `headrace up`" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("up", "--workers", "prefill=1"), "workers wants a prefill and a decode worker"),
+        (("up", "--dtype", "fp8"), "run.dtype wants one of fp32, bf16, found str 'fp8'"),
+        (("up", "--model", "absent.gguf"), "absent.gguf does not exist"),
+        (("up", "--set", "threads=1"), "--set wants SECTION.FIELD=VALUE"),
+        (("serve", "router", "--config", "absent.yaml"), "cannot read the configuration absent.yaml"),
+        (("serve", "router", "--set", "max_moves"), "--set wants NAME=VALUE"),
+    ],
+)
+def test_a_bad_option_ends_with_status_2_and_one_line(tmp_path: Path, arguments: tuple[str, ...], wanted: str) -> None:
+    found = headrace(*arguments, cwd=tmp_path)
+    assert found.returncode == 2
+    assert found.stderr.startswith("headrace: ")
+    assert wanted in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("role", Role)
+def test_every_role_shows_its_configuration_with_origins(tmp_path: Path, role: Role) -> None:
+    options = ["--set", "grpc_port=50999"]
+    if role is not Role.KVSTORE:
+        options += ["--set", "model=m.gguf"]
+    if role not in (Role.ROUTER, Role.KVSTORE):
+        options += ["--set", "name=w", "--dtype", "fp32"]
+    found = headrace("serve", role.value, "--print-config", *options, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
+    section = role.value if role in (Role.ROUTER, Role.KVSTORE) else "worker"
+    assert f"{section}.grpc_port = 50999 (command line)" in lines
+    assert f"{section}.host = 127.0.0.1 (default)" in lines
+    if section == "worker":
+        assert f"worker.role = {role.value} (command line)" in lines
+
+
+@pytest.mark.parametrize("role", Role)
+def test_every_role_refuses_an_unknown_key(tmp_path: Path, role: Role) -> None:
+    found = headrace("serve", role.value, "--print-config", "--set", "grpc_prot=1", cwd=tmp_path)
+    assert found.returncode == 2
+    assert "unknown key 'grpc_prot' in --set grpc_prot; did you mean 'grpc_port'" in found.stderr
