@@ -9,7 +9,7 @@ import pytest
 from headrace.cli import state
 from headrace.cli.layout import Service
 from headrace.cli.state import ProcessState
-from headrace.cli.supervisor import Supervisor
+from headrace.cli.supervisor import FIRST_PAUSE_S, Supervisor, pause_before_restart_s
 from headrace.clock import WallClock
 
 pytestmark = pytest.mark.cluster
@@ -75,10 +75,16 @@ async def test_the_router_leaves_first_and_the_store_last(tmp_path: Path) -> Non
     assert order.read_text().split() == ["router", "prefill", "kvstore"]
 
 
-async def test_every_start_and_death_is_published(tmp_path: Path) -> None:
+async def test_every_start_and_death_is_published_and_a_restart_waits(tmp_path: Path) -> None:
     services = [service(tmp_path, "decode", "print('up', flush=True)")]
     seen: list[tuple[ProcessState, ...]] = []
-    supervisor = Supervisor(services, seen.append, WallClock())
+    seen_s: list[float] = []
+
+    def note(processes: tuple[ProcessState, ...]) -> None:
+        seen.append(processes)
+        seen_s.append(time.monotonic())
+
+    supervisor = Supervisor(services, note, WallClock())
     async with asyncio.TaskGroup() as group:
         group.create_task(supervisor.run())
         try:
@@ -91,3 +97,9 @@ async def test_every_start_and_death_is_published(tmp_path: Path) -> None:
     assert (dead.pid, dead.restarts, dead.last_exit) == (None, 0, 0)
     assert second.pid not in (None, first.pid)
     assert second.restarts == 1
+    assert seen_s[2] - seen_s[1] >= FIRST_PAUSE_S
+
+
+def test_the_pause_before_a_restart_doubles_up_to_five_seconds() -> None:
+    pauses = [pause_before_restart_s(num_deaths) for num_deaths in (1, 2, 3, 4, 5, 6, 1_000_000)]
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]

@@ -116,7 +116,10 @@ def test_the_services_die_with_a_killed_supervisor_and_up_cleans_what_it_left(pl
 
 @pytest.mark.parametrize(
     ("mode", "reason"),
-    [("refuse", "prefill-0 ends with status 2(?s:.*)standin will refuse"), ("crash", "prefill-0 ends with status 1")],
+    [
+        ("refuse", "prefill-0 refuses its configuration(?s:.*)standin will refuse"),
+        ("crash", "prefill-0 ends with status 1"),
+    ],
 )
 def test_a_service_that_cannot_start_fails_up_by_name_and_stops_the_rest(plan: Plan, mode: str, reason: str) -> None:
     broken = plan(f"prefill-0.mode={mode}", "router.mode=unready")

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from headrace import settings
+from headrace.cli.chat import chat
+from headrace.cli.complete import complete
+from headrace.cli.models import models
 from headrace.errors import ConfigError, HeadraceError, NotReady
 from headrace.settings import ServeArgs
 
@@ -30,6 +33,9 @@ app = typer.Typer(
 
 doctor = typer.Typer(help="Measure what a cluster is built on.", no_args_is_help=True)
 app.add_typer(doctor, name="doctor")
+app.command()(chat)
+app.command()(complete)
+app.command()(models)
 
 
 class Role(Enum):

@@ -129,15 +129,14 @@ class Supervisor:
             await asyncio.wait(tasks)
 
     async def _keep(self, child: _Child) -> None:
-        pause_s = FIRST_PAUSE_S
+        num_early_deaths = 0
         while not self._stopping.is_set():
             begun_s = self._clock.now()
             await self._run_once(child)
-            if self._clock.now() - begun_s >= HEALTHY_S:
-                pause_s = FIRST_PAUSE_S
+            is_early = self._clock.now() - begun_s < HEALTHY_S
+            num_early_deaths = num_early_deaths + 1 if is_early else 1
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause_s)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                await asyncio.wait_for(self._stopping.wait(), pause_before_restart_s(num_early_deaths))
             child.restarts += 1
 
     async def _run_once(self, child: _Child) -> None:
@@ -153,6 +152,11 @@ class Supervisor:
 
     def _publish(self) -> None:
         self._on_change(tuple(child.state() for child in self._children))
+
+
+def pause_before_restart_s(num_early_deaths: int) -> float:
+    """Return how long to wait after that many deaths in a row, 1 or more, that came soon after the start."""
+    return min(FIRST_PAUSE_S * 2.0 ** min(num_early_deaths - 1, 16), LONGEST_PAUSE_S)
 
 
 async def _start(service: Service) -> asyncio.subprocess.Process:

@@ -111,7 +111,7 @@ def wait_ready(run_dir: Path, pid: int, timeout_s: float) -> ClusterState:
         if cluster is not None and cluster.supervisor == pid:
             culprit = _culprit(cluster)
             if culprit is not None:
-                raise NotReady(f"{culprit.name} ends with status {culprit.last_exit}\n{_tail(Path(culprit.log))}")
+                raise NotReady(_accusation(culprit))
             status, reason = ask_ready(cluster.http, min(ANSWER_S, deadline_s - time.monotonic()))
             if status == http.HTTPStatus.OK:
                 return state.read(run_dir) or cluster
@@ -135,10 +135,17 @@ def ask_ready(url: str, timeout_s: float) -> tuple[int | None, str]:
 
 def _culprit(cluster: ClusterState) -> ProcessState | None:
     for process in cluster.processes:
-        deaths = process.restarts + (process.pid is None and process.last_exit is not None)
-        if process.last_exit == CONFIG_EXIT or deaths >= MOST_DEATHS:
+        num_deaths = process.restarts + (process.pid is None and process.last_exit is not None)
+        if process.last_exit == CONFIG_EXIT or num_deaths >= MOST_DEATHS:
             return process
     return None
+
+
+def _accusation(culprit: ProcessState) -> str:
+    end = f"ends with status {culprit.last_exit}"
+    if culprit.last_exit == CONFIG_EXIT:
+        end = "refuses its configuration"
+    return f"{culprit.name} {end}\n{_tail(Path(culprit.log))}"
 
 
 def _launch(layout: Layout) -> int:
