@@ -50,9 +50,9 @@ class Role(Enum):
 
 ROOTS = {
     Role.ROUTER: "headrace.router.__main__:run",
-    Role.PREFILL: "headrace.prefill.__main__:run",
-    Role.DECODE: "headrace.decode.__main__:run",
-    Role.HYBRID: "headrace.cli.hybrid:run",
+    Role.PREFILL: "headrace.cli.worker:run",
+    Role.DECODE: "headrace.cli.worker:run",
+    Role.HYBRID: "headrace.cli.worker:run",
     Role.KVSTORE: "headrace.kvstore.__main__:run",
 }
 """Composition root of each role: `run(args: ServeArgs) -> int`."""

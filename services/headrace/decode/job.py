@@ -18,7 +18,6 @@ class DecodeParts:
     engine: AsyncEngine
     blocks: BlockExchange
     reservations: Reservations
-    block_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

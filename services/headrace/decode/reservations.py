@@ -1,6 +1,7 @@
 """Blocks promised to prefill workers, and who still writes into them."""
 
 import asyncio
+import logging
 import secrets
 from dataclasses import dataclass, field
 
@@ -10,6 +11,9 @@ from headrace.core.request import Token
 from headrace.errors import DeadlineExceeded
 from headrace.worker.engine import AsyncEngine
 
+logger = logging.getLogger(__name__)
+
+EXPIRE_INTERVAL_S = 1.0
 WRITER_GRACE_S = 5.0
 """How long after its deadline a writer that never reported is still believed to write."""
 
@@ -105,6 +109,13 @@ class Reservations:
         for writer in expired:
             self.end_write(writer)
         return len(expired)
+
+    async def run_expiry(self) -> None:
+        """End writers by the clock until cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRE_INTERVAL_S)
+            if num_expired := self.expire_writers():
+                logger.warning("writers never reported", extra={"num_writers": num_expired})
 
     async def wait(self, reservation: Reservation) -> Token:
         """Wait for the first token.

@@ -68,6 +68,7 @@ class PrefillJob:
         self._target = target
         self._writer_id = writer_id
         self._agent = ""
+        self._local: tuple[BlockId, ...] = ()
         self._first: Token | None = None
         self._chunks: asyncio.Queue[PushRange | None] = asyncio.Queue()
         self._pushed_blocks = 0
@@ -85,11 +86,13 @@ class PrefillJob:
             peer = await self._parts.peers.ensure(self._target.address, self._target.lease.epoch)
             self._agent = peer.pool.agent_name
             async with self._parts.engine.open(self._spec, Goal.FIRST_TOKEN) as sequence:
+                self._local = sequence.admitted.block_ids
                 await self._compute_and_push(sequence)
             self._parts.blocks.store_later(sequence.admitted.block_hashes)
         except (HeadraceError, asyncio.CancelledError) as error:
             reason = error.code if isinstance(error, HeadraceError) else "cancelled"
-            self._parts.tasks.create_task(self._report_failure(reason))
+            # A write that ran out of time may still land: the report waits until the transport is done.
+            self._parts.connector.when_settled(self._local, lambda: self._report_later(reason))
             raise
         return self.response
 
@@ -171,6 +174,9 @@ class PrefillJob:
         cached = self.response.local_cached_tokens + self.response.fetched_tokens
         first = decode_pb2.FirstToken(event=token_to_proto(self._first), cached_tokens=cached)
         await self._send_commit(decode_pb2.CommitPrefillRequest(first_token=first))
+
+    def _report_later(self, reason: str) -> None:
+        self._parts.tasks.create_task(self._report_failure(reason))
 
     async def _report_failure(self, reason: str) -> None:
         try:

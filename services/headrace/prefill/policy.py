@@ -19,6 +19,7 @@ def next_push(num_pushed_blocks: int, num_computed: int, block_tokens: int, *, i
     Args:
         num_pushed_blocks: Leading blocks that are queued, pushed or already at the receiver.
         num_computed: Leading tokens whose KV is present here.
+        block_tokens: Tokens per block.
         is_last: Whether the prompt is complete, so that a partly filled last block goes too.
     """
     end = blocks_for(num_computed, block_tokens) if is_last else num_computed // block_tokens

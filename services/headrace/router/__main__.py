@@ -1,18 +1,21 @@
 """Composition root of the router."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import sys
+from collections.abc import Iterator
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from headrace.clock import WallClock
 from headrace.errors import ConfigError
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
-from headrace.router.http.settings import HttpSettings
+from headrace.router.http.context import HttpSettings
 from headrace.router.member import RouterMember
 from headrace.router.sequence import SequenceParts
 from headrace.router.service import RouterServicer
@@ -20,8 +23,9 @@ from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.lifecycle import Lifecycle, run_service
+from headrace.runtime.logs import setup_logs
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import RouterMetrics
+from headrace.runtime.telemetry import ClusterCollector, LoopLagProbe, RouterMetrics, VllmView, exposition
 from headrace.settings import ServeArgs, environment
 from headrace.text.model import TextModel
 from headrace.v1 import cluster_pb2_grpc, router_pb2_grpc
@@ -38,8 +42,9 @@ def run(args: ServeArgs) -> int:
     if args.print_config:
         sys.stdout.write(loaded.describe() + "\n")
         return 0
-    logger.info("configuration", extra={"settings": loaded.describe()})
     config = loaded.value
+    setup_logs(sys.stderr, name=config.name, role="router")
+    logger.info("configuration", extra={"settings": loaded.describe()})
 
     async def main(lifecycle: Lifecycle) -> None:
         await serve(config, lifecycle)
@@ -49,7 +54,8 @@ def run(args: ServeArgs) -> int:
 
 async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
     """Run the router until the process is asked to leave."""
-    clock, metrics = WallClock(), RouterMetrics()
+    clock, registry = WallClock(), CollectorRegistry()
+    metrics = RouterMetrics(registry, clock)
     text = await asyncio.to_thread(TextModel.load, config.model)
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         table = WorkerTable(
@@ -75,11 +81,15 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
         await server.start()
-        web = _web_server(config, live, metrics, clock)
+        _register_views(registry, live, member, metrics)
+        probe = LoopLagProbe()
+        probe.publish(registry, "router")
+        web = _web_server(config, live, registry, clock)
         background = [
             *(tasks.create_task(table.follow(address)) for address in table.members),
             tasks.create_task(live.keep_ready()),
-            tasks.create_task(member.publish(server, metrics)),
+            tasks.create_task(member.publish(server)),
+            tasks.create_task(probe.run()),
         ]
         serving = tasks.create_task(web.serve())
         await asyncio.wait([serving, tasks.create_task(lifecycle.stopped())], return_when=asyncio.FIRST_COMPLETED)
@@ -94,8 +104,25 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
             task.cancel()
 
 
-def _web_server(config: RouterConfig, live: LiveRequests, metrics: RouterMetrics, clock: WallClock) -> uvicorn.Server:
-    app = create_app(live, clock=clock, metrics=metrics.exposition, settings=HttpSettings.of(config))
+def _register_views(
+    registry: CollectorRegistry, live: LiveRequests, member: RouterMember, metrics: RouterMetrics
+) -> None:
+    def model_name() -> str:
+        return next((model.name for model in live.models()), "")
+
+    registry.register(ClusterCollector(member.loads, model_name))
+    registry.register(VllmView(metrics, model_name))
+
+
+def _web_server(
+    config: RouterConfig, live: LiveRequests, registry: CollectorRegistry, clock: WallClock
+) -> uvicorn.Server:
+    settings = HttpSettings(
+        max_body_bytes=config.max_body_bytes,
+        default_timeout_s=config.default_timeout_s,
+        max_timeout_s=config.max_timeout_s,
+    )
+    app = create_app(live, clock=clock, metrics=lambda: exposition(registry), settings=settings)
     web = uvicorn.Config(
         app,
         host=config.host,
@@ -105,10 +132,16 @@ def _web_server(config: RouterConfig, live: LiveRequests, metrics: RouterMetrics
         lifespan="off",
         timeout_graceful_shutdown=int(DRAIN_S),
     )
-    server = uvicorn.Server(web)
-    # The process's own lifecycle handles signals; uvicorn would end the loop under the gRPC server.
-    server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return server
+    return _Web(web)
+
+
+class _Web(uvicorn.Server):
+    """uvicorn without its signal handlers: the process's own lifecycle decides when to leave."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture nothing."""
+        yield
 
 
 if __name__ == "__main__":

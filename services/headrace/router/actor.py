@@ -32,7 +32,6 @@ class LiveRequests:
         config: Bounds.
         parts: What the sequences share.
         text: Tokenizer and template of the model.
-        model_name: Name the router gives the model; None takes the workers'.
         metrics: Where to count.
     """
 
@@ -109,10 +108,12 @@ class LiveRequests:
             meter.end(outcome)
 
     def _admit(self) -> None:
-        if self.is_draining:
-            raise Draining("this router is leaving: retry elsewhere", retry_after_s=1.0)
         limit = self._config.max_live_requests
+        if self.is_draining:
+            self._metrics.refuse(Draining.code)
+            raise Draining("this router is leaving: retry elsewhere", retry_after_s=1.0)
         if self._num_live >= limit:
+            self._metrics.refuse(Saturated.code)
             wait_s = retry_after_s(self._num_live, limit, self._mean_request_s)
             raise Saturated(f"{self._num_live} requests are live", limit=str(limit), retry_after_s=wait_s)
         self._num_live += 1

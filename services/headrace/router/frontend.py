@@ -1,6 +1,6 @@
 """What the HTTP and gRPC servers ask of the router; they translate and decide nothing."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Frontend(Protocol):
         """
         ...
 
-    def submit(self, request: GenerationRequest) -> AsyncIterator[Piece]:
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate. Closing the iterator (or cancelling its task) stops all work of the request.
 
         Raises (from the first step of the iterator):

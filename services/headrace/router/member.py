@@ -9,7 +9,7 @@ from headrace.router.config import RouterConfig
 from headrace.router.workers import Worker, WorkerTable
 from headrace.runtime.lifecycle import Lifecycle
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import RouterMetrics, num_fds, num_tasks
+from headrace.runtime.telemetry import MemberLoad, num_fds, num_tasks
 from headrace.v1 import cluster_pb2, router_pb2
 
 PUBLISH_INTERVAL_S = 0.2
@@ -83,13 +83,25 @@ class RouterMember:
         )
         return router_pb2.GetClusterResponse(members=[own, *map(_member, self._table.members.values())])
 
-    async def publish(self, server: GrpcServer, metrics: RouterMetrics) -> None:
-        """Keep gRPC health and the gauges current until cancelled."""
+    def loads(self) -> list[MemberLoad]:
+        """Return the last report of every process met, for the metrics."""
+        return [
+            MemberLoad(role=role_name(worker.identity.role), load=worker.load)
+            for worker in self._table.members.values()
+            if worker.identity is not None
+        ]
+
+    async def publish(self, server: GrpcServer) -> None:
+        """Keep gRPC health current until cancelled."""
         while True:
             reason = self._live.not_ready_reason()
             await server.set_ready(is_ready=reason is None, reason=reason or "")
-            metrics.cluster(self._live.num_live, [member.load for member in self._table.members.values()])
             await asyncio.sleep(PUBLISH_INTERVAL_S)
+
+
+def role_name(role: "cluster_pb2.Role.ValueType") -> str:
+    """Return a role as settings and labels spell it."""
+    return cluster_pb2.Role.Name(role).removeprefix("ROLE_").lower()
 
 
 def _member(worker: Worker) -> router_pb2.ClusterMember:

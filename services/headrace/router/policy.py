@@ -107,6 +107,8 @@ def retry_after_s(num_live: int, max_live: int, mean_request_s: float) -> float:
     """Return when one more request is likely to find room.
 
     Args:
+        num_live: Requests admitted now.
+        max_live: Most that may be.
         mean_request_s: Recent mean duration of a request.
     """
     excess = max(1, num_live - max_live + 1)

@@ -132,9 +132,7 @@ class SequenceRun:
         stub = kvstore_pb2_grpc.KvStoreServiceStub(self._parts.channels.get(self._parts.kvstore))
         try:
             async with translate_errors(self._parts.kvstore):
-                answer = await stub.Match(
-                    kvstore_pb2.MatchRequest(block_hashes=self._hashes), timeout=MATCH_TIMEOUT_S
-                )
+                answer = await stub.Match(kvstore_pb2.MatchRequest(block_hashes=self._hashes), timeout=MATCH_TIMEOUT_S)
         except HeadraceError:
             return {}
         return {match.location: match.num_blocks * self._block_tokens for match in answer.matches}

@@ -1,7 +1,7 @@
 """A frontend that plays a script instead of serving a model."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import TypeAlias
 
 from headrace.core.request import FinishReason, GenerationRequest, Piece, RequestId, Token, Usage
@@ -51,7 +51,7 @@ class ScriptedFrontend:
                 return model
         raise UnknownModel(f"model {name!r} is not served here", field="model")
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[Piece]:
+    async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Play the script; an error step is raised."""
         self.requests.append(request)
         try:

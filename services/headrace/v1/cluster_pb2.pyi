@@ -66,6 +66,7 @@ class HandshakeRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this wire protocol; other versions are refused."""
     model_fingerprint: _builtins.str
@@ -82,6 +83,10 @@ class HandshakeRequest(_message.Message):
     def pool(self) -> _block_pb2.TransferPool:
         """The caller's pool; absent when it owns none."""
 
+    @_builtins.property
+    def layout(self) -> _block_pb2.KvLayout:
+        """Layout of the caller's KV blocks; absent when it has none."""
+
     def __init__(
         self,
         *,
@@ -91,10 +96,11 @@ class HandshakeRequest(_message.Message):
         role: Global___Role.ValueType = ...,
         epoch: _builtins.str = ...,
         pool: _block_pb2.TransferPool | None = ...,
+        layout: _block_pb2.KvLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "name", b"name", "pool", b"pool", "protocol_version", b"protocol_version", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "name", b"name", "pool", b"pool", "protocol_version", b"protocol_version", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,11 +4,13 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, BlockId, block_hashes, root_hash
 from headrace.engine.messages import CacheChange
 from headrace.errors import HeadraceError
+from headrace.transfer.connector import Connector
 from headrace.worker.engine import AsyncEngine, OpenSequence
 from headrace.worker.kv_client import KvClient
 
@@ -18,36 +20,43 @@ MAX_QUEUED_STORES = 256
 ANNOUNCE_INTERVAL_S = 0.05
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeParts:
+    """What an exchange works with.
+
+    Attributes:
+        engine: Owner of the local blocks.
+        connector: Moves them.
+        tasks: Outlives every request.
+        clock: Source of deadlines.
+        block_tokens: Tokens per block.
+    """
+
+    engine: AsyncEngine
+    connector: Connector
+    tasks: asyncio.TaskGroup
+    clock: Clock
+    block_tokens: int
+
+
 class BlockExchange:
     """A worker's dealings with the kvstore; every failure there is a miss, never an error here.
 
     Args:
-        engine: Owner of the local blocks.
-        tasks: Outlives every request.
+        parts: What it works with.
         client: The kvstore; None runs without one.
-        clock: Source of deadlines.
         fingerprint: Digest of the model, under which blocks are hashed.
-        block_tokens: Tokens per block.
         deadline_s: Longest time for one fetch or store.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: AsyncEngine,
-        tasks: asyncio.TaskGroup,
-        client: KvClient | None,
-        clock: Clock,
-        fingerprint: str,
-        block_tokens: int,
-        deadline_s: float,
-    ) -> None:
-        self._engine = engine
-        self._tasks = tasks
+    def __init__(self, parts: ExchangeParts, client: KvClient | None, fingerprint: str, deadline_s: float) -> None:
+        self._engine = parts.engine
+        self._connector = parts.connector
+        self._tasks = parts.tasks
+        self._clock = parts.clock
+        self._block_tokens = parts.block_tokens
         self._client = client
-        self._clock = clock
         self._fingerprint = fingerprint
-        self._block_tokens = block_tokens
         self._deadline_s = deadline_s
         self._stores: asyncio.Queue[tuple[BlockHash, ...]] = asyncio.Queue(MAX_QUEUED_STORES)
         self._changes: list[CacheChange] = []
@@ -114,7 +123,8 @@ class BlockExchange:
         try:
             return await client.fetch(hashes, blocks, self._clock.now() + self._deadline_s)
         finally:
-            self._engine.release_writer(writer_id)
+            # After a deadline late data may still land: only the transport knows when it cannot.
+            self._connector.when_settled(blocks, lambda: self._engine.release_writer(writer_id))
 
     async def _store(self, hashes: tuple[BlockHash, ...]) -> None:
         if self._client is None:
@@ -127,5 +137,3 @@ class BlockExchange:
                 await self._client.store(hashes[: len(blocks)], blocks, deadline_s)
         finally:
             self._engine.unpin(lease_id)
-
-

@@ -44,6 +44,7 @@ class Peers:
         """Return the peer at `address`, connecting if it is new or was reborn.
 
         Args:
+            address: host:port of its gRPC server.
             epoch: Lifetime the caller expects; None takes whichever runs.
 
         Raises:

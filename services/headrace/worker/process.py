@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from headrace.clock import Clock
 from headrace.core.request import PROTOCOL_VERSION, SamplingParams, SequenceId, SequenceSpec
 from headrace.core.wire import layout_to_proto
+from headrace.engine.batch import Runner
 from headrace.engine.messages import EngineStats, Goal, Sampled
-from headrace.engine.runner import ModelRunner
 from headrace.errors import HeadraceError, PeerFailed
 from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import num_fds, num_tasks
@@ -37,80 +37,79 @@ _ROLES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelIdentity:
-    """What peers must agree on.
+class MemberParts:
+    """What a worker reports of.
 
     Attributes:
-        name: What requests call the model.
+        config: Name, role, address.
+        epoch: Lifetime of this process.
+        model_name: What requests call the model.
         fingerprint: Digest of weights, dtype, layout and kernels.
+        runner: Layout and context length.
+        engine: Source of load.
+        connector: Source of the pool and of transfer counts.
     """
 
-    name: str
+    config: WorkerConfig
+    epoch: str
+    model_name: str
     fingerprint: str
+    runner: Runner
+    engine: AsyncEngine
+    connector: Connector
+    clock: Clock
+
+    def introduce(self) -> cluster_pb2.HandshakeRequest:
+        """Return what this worker says when it opens a connection."""
+        return cluster_pb2.HandshakeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=self.fingerprint,
+            name=self.config.name,
+            role=_ROLES[self.config.role],
+            epoch=self.epoch,
+            pool=pool_to_proto(self.connector.pool),
+            layout=layout_to_proto(self.runner.layout),
+        )
 
 
 class WorkerMember:
     """A worker as the cluster sees it; implements `runtime.cluster.Member`.
 
     Args:
-        config: Name, role, address.
-        epoch: Lifetime of this process.
-        model: What it serves.
-        runner: Layout and context length.
-        engine: Source of load.
-        connector: Source of the pool and of transfer counts.
-        peers: Connections for transport tests.
+        parts: What it reports of.
+        peers: Connections to others.
         begin_drain: Asks the process to leave.
+
+    Attributes:
+        is_draining: Whether the worker admits nothing new.
+        not_ready_reason: Empty when the worker is ready.
     """
 
-    def __init__(
-        self,
-        *,
-        config: WorkerConfig,
-        epoch: str,
-        model: ModelIdentity,
-        runner: ModelRunner,
-        engine: AsyncEngine,
-        connector: Connector,
-        clock: Clock,
-        begin_drain: Callable[[float], None],
-    ) -> None:
-        self._config = config
-        self._epoch = epoch
-        self._model = model
-        self._runner = runner
-        self._engine = engine
-        self._connector = connector
-        self._clock = clock
+    def __init__(self, parts: MemberParts, peers: Peers, begin_drain: Callable[[], None]) -> None:
+        self._config = parts.config
+        self._epoch = parts.epoch
+        self._model_name = parts.model_name
+        self._fingerprint = parts.fingerprint
+        self._runner = parts.runner
+        self._engine = parts.engine
+        self._connector = parts.connector
+        self._clock = parts.clock
         self._begin_drain = begin_drain
-        self._last_token_s: float | None = None
-        self._is_draining = False
-        self.peers: Peers | None = None
+        self._peers = peers
+        self.is_draining = False
         self.not_ready_reason = "starting"
-
-    def introduce(self) -> cluster_pb2.HandshakeRequest:
-        """Return what this worker says when it opens a connection."""
-        return cluster_pb2.HandshakeRequest(
-            protocol_version=PROTOCOL_VERSION,
-            model_fingerprint=self._model.fingerprint,
-            name=self._config.name,
-            role=_ROLES[self._config.role],
-            epoch=self._epoch,
-            pool=pool_to_proto(self._connector.pool),
-            layout=layout_to_proto(self._runner.layout),
-        )
 
     def describe(self) -> cluster_pb2.HandshakeResponse:
         """Return identity, model and pool."""
         return cluster_pb2.HandshakeResponse(
             protocol_version=PROTOCOL_VERSION,
-            model_fingerprint=self._model.fingerprint,
+            model_fingerprint=self._fingerprint,
             name=self._config.name,
             role=_ROLES[self._config.role],
             epoch=self._epoch,
             pool=pool_to_proto(self._connector.pool),
             layout=layout_to_proto(self._runner.layout),
-            model=self._model.name,
+            model=self._model_name,
             max_context_tokens=self._runner.max_context_tokens,
         )
 
@@ -130,7 +129,7 @@ class WorkerMember:
             num_steps=stats.num_steps,
             is_ready=not self.not_ready_reason,
             not_ready_reason=self.not_ready_reason,
-            is_draining=self._is_draining,
+            is_draining=self.is_draining,
             num_preemptions=stats.num_preemptions,
             computed_tokens=stats.computed_tokens,
             transferred_bytes=transfers.written_bytes + transfers.read_bytes,
@@ -141,15 +140,13 @@ class WorkerMember:
 
     async def drain(self, grace_s: float) -> int:
         """Stop admitting and begin to leave."""
-        self._is_draining = True
-        self._begin_drain(grace_s)
+        self.is_draining = True
+        self._begin_drain()
         return self._engine.stats().num_running
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
         """Move scratch blocks to and from a peer's scratch blocks."""
-        if self.peers is None:
-            raise PeerFailed("this worker has not met its peers yet")
-        peer = await self.peers.ensure(peer_address)
+        peer = await self._peers.ensure(peer_address)
         local = _scratch(self._connector.pool)
         remote = list(range(peer.pool.num_blocks - len(local), peer.pool.num_blocks))
         found = await measure(self._connector, peer.pool.agent_name, local, remote, self._clock)
@@ -180,9 +177,9 @@ class WorkerMember:
         for address in addresses:
             self.not_ready_reason = f"starting: connecting {address}"
             deadline_s = self._clock.now() + CANARY_TIMEOUT_S
-            while self.peers is not None and self._clock.now() < deadline_s:
+            while self._clock.now() < deadline_s:
                 try:
-                    await self.peers.ensure(address)
+                    await self._peers.ensure(address)
                     break
                 except PeerFailed:
                     await asyncio.sleep(PEER_RETRY_S)
@@ -192,7 +189,7 @@ class WorkerMember:
         now_ms = self._clock.unix_ms()
         spec = SequenceSpec(
             sequence_id=SequenceId(f"canary-{self._config.name}-{now_ms}"),
-            model=self._model.name,
+            model=self._model_name,
             prompt=(0,),
             sampling=SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True),
             deadline_unix_ms=now_ms + int(CANARY_TIMEOUT_S * 1000),

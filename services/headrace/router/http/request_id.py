@@ -43,7 +43,7 @@ class RequestIdMiddleware:
             )
             return
         ending = f"{self._entropy():016x}"
-        internal = ending if given is None else f"{given}-{ending[:8]}"
+        internal = ending if given is None else f"{given}-{ending[-8:]}"
         scope.setdefault("state", {})["request_id"] = internal
         shown = given or internal
 

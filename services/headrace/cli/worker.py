@@ -1,0 +1,266 @@
+"""Composition root of workers: one program for prefill, decode and hybrid.
+
+Every worker answers both phases; its role only tells the router what to prefer. So a cluster that has
+lost all workers of one role still serves.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from headrace import catalog
+from headrace.clock import WallClock
+from headrace.decode.job import DecodeParts
+from headrace.decode.reservations import Reservations
+from headrace.decode.service import DecodeServicer
+from headrace.engine.arena import KvArena
+from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.messages import CacheChange
+from headrace.engine.models.loader import Model, load_model
+from headrace.engine.runner import ModelRunner
+from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
+from headrace.engine.thread import EngineThread
+from headrace.errors import ConfigError
+from headrace.prefill.job import PrefillParts
+from headrace.prefill.service import PrefillServicer
+from headrace.runtime.channels import Channels
+from headrace.runtime.cluster import ClusterServicer
+from headrace.runtime.lifecycle import Lifecycle, run_service
+from headrace.runtime.logs import setup_logs
+from headrace.runtime.server import GrpcServer
+from headrace.seams.shape import ShapePolicy
+from headrace.settings import ServeArgs
+from headrace.transfer.arena import Arena
+from headrace.transfer.nixl import NixlConnector
+from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
+from headrace.worker.blocks import BlockExchange, ExchangeParts
+from headrace.worker.config import Dtype, WorkerConfig
+from headrace.worker.engine import AsyncEngine
+from headrace.worker.kv_client import KvClient
+from headrace.worker.peers import Peers
+from headrace.worker.process import NUM_SCRATCH_BLOCKS, MemberParts, WorkerMember
+
+logger = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+WATCH_INTERVAL_S = 0.5
+NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
+_DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
+
+
+def run(args: ServeArgs) -> int:
+    """Serve until SIGTERM; returns the exit code."""
+    loaded = args.load(WorkerConfig, "worker")
+    if args.print_config:
+        sys.stdout.write(loaded.describe() + "\n")
+        return 0
+    config = loaded.value
+    setup_logs(sys.stderr, name=config.name, role=config.role.value)
+    logger.info("configuration", extra={"settings": loaded.describe()})
+
+    async def main(lifecycle: Lifecycle) -> None:
+        await serve(config, lifecycle)
+
+    return run_service(main, exit_with_parent=config.exit_with_parent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """The parts of a worker that compute."""
+
+    model: Model
+    arena: KvArena
+    runner: ModelRunner
+    fingerprint: str
+
+
+def build_machine(config: WorkerConfig) -> Machine:
+    """Load the model and allocate its blocks; takes seconds.
+
+    Raises:
+        ConfigError: the model cannot be served or the memory holds no block.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    model = load_model(config.model, dtype=_DTYPES[config.dtype], device=device)
+    layout = model.kv_layout(config.block_tokens)
+    num_blocks = config.kv_memory_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv_memory_bytes of {config.kv_memory_bytes} holds no block of {layout.block_bytes} bytes",
+            field="kv_memory_bytes",
+        )
+    arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device)
+    fingerprint = model.fingerprint(layout)
+    return Machine(model=model, arena=arena, runner=ModelRunner(model, arena), fingerprint=fingerprint)
+
+
+async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
+    """Run a worker until the process is asked to leave."""
+    shape = make_shape(config.shape)
+    machine = await asyncio.to_thread(build_machine, config)
+    async with Channels() as channels, asyncio.TaskGroup() as tasks:
+        parts = _assemble(config, machine, shape, channels, tasks)
+        member = WorkerMember(parts.member, parts.peers, begin_drain=lambda: lifecycle.stop("drain"))
+        server = _server(config, parts, member)
+        await server.start()
+        parts.thread.start()
+        background = [
+            tasks.create_task(member.keep_ready(server)),
+            tasks.create_task(parts.blocks.run_stores()),
+            tasks.create_task(parts.blocks.run_announcements()),
+            tasks.create_task(parts.reservations.run_expiry()),
+            tasks.create_task(_watch(parts.thread, lifecycle)),
+        ]
+        await lifecycle.stopped()
+        member.is_draining = True
+        await server.drain(DRAIN_S)
+        await server.stop()
+        for task in background:
+            task.cancel()
+        await asyncio.to_thread(parts.thread.stop)
+        await parts.connector.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of a worker that talk."""
+
+    thread: EngineThread
+    connector: NixlConnector
+    peers: Peers
+    blocks: BlockExchange
+    reservations: Reservations
+    member: MemberParts
+    prefill: PrefillParts
+
+
+def _assemble(
+    config: WorkerConfig, machine: Machine, shape: ShapePolicy, channels: Channels, tasks: asyncio.TaskGroup
+) -> Parts:
+    clock, epoch, loop = WallClock(), secrets.token_hex(8), asyncio.get_running_loop()
+    changes = CacheChanges(loop)
+    thread = EngineThread(_engine(config, machine, shape, clock, changes), clock)
+    engine = AsyncEngine(thread, loop)
+    connector = NixlConnector(f"{config.name}-{epoch}", _transfer_arena(machine.arena), epoch, clock)
+    member = MemberParts(
+        config=config,
+        epoch=epoch,
+        model_name=config.model_name or config.model.stem,
+        fingerprint=machine.fingerprint,
+        runner=machine.runner,
+        engine=engine,
+        connector=connector,
+        clock=clock,
+    )
+    peers = Peers(connector, channels, member.introduce, machine.fingerprint)
+    client = None
+    if config.kvstore is not None:
+        client = KvClient(config.kvstore, channels, connector, peers, member, clock)
+    exchange = ExchangeParts(
+        engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=config.block_tokens
+    )
+    blocks = BlockExchange(exchange, client, machine.fingerprint, config.transfer_deadline_s)
+    changes.listener = blocks.note_change
+    prefill = PrefillParts(
+        engine=engine,
+        connector=connector,
+        peers=peers,
+        channels=channels,
+        blocks=blocks,
+        clock=clock,
+        tasks=tasks,
+        block_tokens=config.block_tokens,
+        block_bytes=machine.arena.block_bytes,
+        transfer_deadline_s=config.transfer_deadline_s,
+        push_whole=config.push_whole,
+    )
+    return Parts(
+        thread=thread,
+        connector=connector,
+        peers=peers,
+        blocks=blocks,
+        reservations=Reservations(engine, clock, epoch),
+        member=member,
+        prefill=prefill,
+    )
+
+
+def _server(config: WorkerConfig, parts: Parts, member: WorkerMember) -> GrpcServer:
+    server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
+    decode = DecodeServicer(
+        DecodeParts(engine=parts.member.engine, blocks=parts.blocks, reservations=parts.reservations),
+        f"{config.host}:{config.grpc_port}",
+        parts.member.epoch,
+    )
+    server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
+    server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, decode)
+    server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(parts.prefill))
+    return server
+
+
+class CacheChanges:
+    """Carries changes of the prefix cache from the engine's thread to the loop.
+
+    Attributes:
+        listener: Called on the loop; set before the engine starts.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.listener: Callable[[CacheChange], None] = lambda _: None
+
+    def __call__(self, change: CacheChange) -> None:
+        """Hand a change over; called on the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # The loop has closed: the process is leaving.
+            self._loop.call_soon_threadsafe(self.listener, change)
+
+
+def _engine(
+    config: WorkerConfig, machine: Machine, shape: ShapePolicy, clock: WallClock, changes: CacheChanges
+) -> Engine:
+    bounds = EngineConfig(
+        num_blocks=machine.arena.num_blocks - NUM_SCRATCH_BLOCKS,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        fingerprint=machine.fingerprint,
+    )
+    order = FirstComeFirstServed()
+    return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=changes)
+
+
+def _transfer_arena(arena: KvArena) -> Arena:
+    return Arena(
+        base_address=arena.base_address,
+        block_bytes=arena.block_bytes,
+        num_blocks=arena.num_blocks,
+        owner=arena.data,
+    )
+
+
+async def _watch(thread: EngineThread, lifecycle: Lifecycle) -> None:
+    """Leave when the engine's thread has died: a bug that a restart survives and a silent hang does not."""
+    while thread.is_alive:  # noqa: ASYNC110 a thread sets no asyncio event when it dies
+        await asyncio.sleep(WATCH_INTERVAL_S)
+    lifecycle.stop("the engine's thread died")
+
+
+def make_shape(name: str) -> ShapePolicy:
+    """Return a shape policy: `whole`, or a technique that fills the seam.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name == "whole":
+        return WholeShape()
+    technique = catalog.load(name)
+    if technique.shape is None:
+        raise ConfigError(f"technique {name} does not shape steps", field="shape")
+    return technique.shape()
