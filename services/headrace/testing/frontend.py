@@ -32,6 +32,19 @@ class ScriptedFrontend:
         self.requests: list[GenerationRequest] = []
         self.ended: list[RequestId] = []
         self.reason: str | None = None
+        self._changed = asyncio.Event()
+
+    async def until(self, *, submitted: int = 0, ended: int = 0) -> None:
+        """Wait until at least so many requests were submitted and have ended.
+
+        Bound it with a timeout; it has none of its own.
+        """
+        while len(self.requests) < submitted or len(self.ended) < ended:
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def models(self) -> tuple[ServedModel, ...]:
         """Return the models given."""
@@ -54,6 +67,7 @@ class ScriptedFrontend:
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Play the script; an error step is raised."""
         self.requests.append(request)
+        self._notify()
         try:
             for step in self.script(request):
                 if isinstance(step, HeadraceError):
@@ -64,6 +78,7 @@ class ScriptedFrontend:
                     yield step
         finally:
             self.ended.append(request.request_id)
+            self._notify()
 
     def not_ready_reason(self) -> str | None:
         """Return `reason`."""

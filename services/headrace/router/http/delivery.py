@@ -17,13 +17,17 @@ Take: TypeAlias = Callable[[int, Piece], Awaitable[None]]
 """Takes a piece and the index of the request it belongs to."""
 
 
+class ClientLeft(Cancelled):
+    """Nobody reads the answer any more."""
+
+
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Return what `work` returns; cancel it as soon as the client leaves.
 
     The request's body must have been read. Cancelling this call cancels `work` too.
 
     Raises:
-        Cancelled: the client left; `work` has ended.
+        ClientLeft: the client left; `work` has ended.
         HeadraceError: from `work`.
     """
     async with asyncio.TaskGroup() as group:
@@ -33,7 +37,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) 
         working.cancel()
         watching.cancel()
     if working.cancelled():
-        raise Cancelled("the client left")
+        raise ClientLeft("the client left")
     outcome = working.result()
     if isinstance(outcome, HeadraceError):
         raise outcome
@@ -140,14 +144,12 @@ class EventStream(Response):
         self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the stream to its end.
-
-        When the client has left, the error still goes to `send`: the server drops it, and a
-        frontend that gives up by itself is answered all the same.
-        """
+        """Run the stream to its end; returns quietly when the client leaves."""
         sender = EventSender(send)
         try:
             await until_disconnect(receive, self._produce(sender))
+        except ClientLeft:
+            return
         except HeadraceError as error:
             if not sender.is_started:
                 await error_response(error)(scope, receive, send)
