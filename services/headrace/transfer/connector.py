@@ -1,6 +1,6 @@
 """The contract every transport of KV blocks fulfils."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,10 @@ class Connector(Protocol):
     All coroutines may be called from the event loop; the copying happens elsewhere. A transfer
     moves whole blocks, `local_ids[i]` <-> `remote_ids[i]`, and has exactly one end: it returns
     when the data has landed, or raises. There is no partial success to rely on.
+
+    The end of a call is not always the end of the data: after DeadlineExceeded, PeerFailed or the
+    cancellation of the calling task, what was posted goes on moving. `when_settled` tells when
+    it has stopped; until then own blocks must neither be reused nor believed.
     """
 
     @property
@@ -62,7 +66,11 @@ class Connector(Protocol):
         ...
 
     async def remove_peer(self, agent_name: str) -> None:
-        """Forget a peer; its transfers in flight raise PeerFailed. Unknown names are ignored."""
+        """Forget a peer; its transfers in flight raise PeerFailed. Unknown names are ignored.
+
+        Removal aborts nothing: data of a stalled peer may still land, so blocks settle when the
+        transport says so, not now.
+        """
         ...
 
     async def write(
@@ -71,12 +79,16 @@ class Connector(Protocol):
         """Copy own blocks into a peer's blocks.
 
         Args:
+            agent_name: The peer.
+            local_ids: Own blocks.
+            remote_ids: As many blocks of the peer.
             deadline_s: On the clock the connector was made with.
 
         Raises:
             PeerFailed: the peer is unknown, died or refused; nothing may be assumed of its blocks.
             DeadlineExceeded: the transfer had not settled in time. Its local blocks stay in use
-                by the transport until `settled` says otherwise.
+                by the transport until `when_settled` says otherwise.
+            ValueError: own ids are out of range, or the two sides differ in length.
         """
         ...
 
@@ -86,6 +98,21 @@ class Connector(Protocol):
         """Copy a peer's blocks into own blocks; raises as `write`."""
         ...
 
+    def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:
+        """Call `call` on the event loop once no transfer touches these own blocks; at once when none does.
+
+        Transfers begun later are not waited for.
+        """
+        ...
+
+    async def lane(self, agent_name: str) -> str:
+        """Return how a peer's blocks reach this process, for example "cma" or "tcp"; reads its last block.
+
+        Raises:
+            PeerFailed: the peer is unknown or cannot be reached.
+        """
+        ...
+
     async def close(self) -> None:
-        """Give up what is in flight, disconnect and free the transport."""
+        """Give up what is in flight, disconnect and free the transport; afterwards nothing lands."""
         ...
