@@ -1,0 +1,170 @@
+"""What the engine relies on in a runner; the fake and a real model pass the same suite."""
+
+import pytest
+import torch
+
+from headrace.core.block import BlockId, KvLayout
+from headrace.engine.arena import KvArena
+from headrace.engine.batch import Batch, batch_item
+from headrace.engine.models.decoder import build_decoder
+from headrace.engine.models.loader import Model
+from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec, RopeSpec, architecture
+from headrace.engine.runner import ModelRunner
+from headrace.testing.runner import FakeRunner
+
+NUM_BLOCKS = 24
+VOCAB = 48
+PROMPT = tuple((7 * index + 3) % VOCAB for index in range(37))
+
+
+class RandomWeights:
+    def __init__(self):
+        self._generator = torch.Generator().manual_seed(11)
+
+    def has(self, name, layer=None):
+        return True
+
+    def read(self, name, shape, layer=None, *, kind="weight"):
+        values = torch.randn(shape, generator=self._generator) * 0.4
+        return 1.0 + 0.1 * values if "norm" in name else values
+
+
+def model_runner():
+    layers = (LayerSpec(rope=RopeSpec(theta=10_000.0)),) * 2
+    spec = ModelSpec(
+        architecture=architecture("llama"),
+        vocab_size=VOCAB,
+        hidden_size=32,
+        mlp_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        layers=layers,
+        max_context_tokens=256,
+        norm_eps=1e-5,
+        attention_scale=8**-0.5,
+        activation=Activation.SILU,
+        eos_token_ids=frozenset({2}),
+    )
+    device = torch.device("cpu")
+    decoder = build_decoder(spec, RandomWeights(), dtype=torch.float32, device=device)
+    model = Model(spec=spec, decoder=decoder, files=(), dtype=torch.float32, device=device)
+    return ModelRunner(model, KvArena(model.kv_layout(16), NUM_BLOCKS, device))
+
+
+def fake_runner():
+    return FakeRunner(NUM_BLOCKS, block_tokens=16, vocab_size=VOCAB, max_context_tokens=256)
+
+
+@pytest.fixture(params=[fake_runner, model_runner], ids=["fake", "model"])
+def runner(request):
+    return request.param()
+
+
+def table(*blocks):
+    return tuple(BlockId(block) for block in blocks)
+
+
+def run(runner, *items):
+    return runner.run(Batch(items=tuple(items)))
+
+
+def compute(runner, tokens, blocks, *, start=0, chunk=None):
+    """Compute `tokens` into `blocks` by chunks; returns the logits after the last one."""
+    size = chunk or len(tokens)
+    for begin in range(start, start + len(tokens), size):
+        part = tokens[begin - start : begin - start + size]
+        logits = run(runner, batch_item(part, begin, blocks, sample=True))
+    return logits
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def differs(found, wanted):
+    return (found - wanted).abs().max() > 1e-2
+
+
+def test_it_describes_itself(runner):
+    assert isinstance(runner.layout, KvLayout)
+    assert runner.layout.num_layers == runner.num_layers
+    assert runner.max_context_tokens == 256
+    assert runner.eos_token_ids == {2}
+
+
+def test_only_items_that_sample_have_logits_in_their_order(runner):
+    first = compute(runner, PROMPT, table(0, 1, 2))
+    other = compute(runner, PROMPT[:9], table(3))
+    found = run(
+        runner,
+        batch_item(PROMPT[:9], 0, table(4), sample=True),
+        batch_item(PROMPT[:20], 0, table(5, 6), sample=False),
+        batch_item(PROMPT, 0, table(7, 8, 9), sample=True),
+    )
+    assert found.dtype == torch.float32
+    assert_same(found, torch.cat([other, first]))
+
+
+def test_a_step_without_sampling_items_has_no_rows(runner):
+    assert run(runner, batch_item(PROMPT, 0, table(0, 1, 2), sample=False)).shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 36])
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(runner, chunk):
+    whole = compute(runner, PROMPT, table(0, 1, 2))
+    assert_same(compute(runner, PROMPT, table(3, 4, 5), chunk=chunk), whole)
+
+
+def test_blocks_may_lie_anywhere(runner):
+    assert_same(compute(runner, PROMPT, table(20, 3, 11)), compute(runner, PROMPT, table(0, 1, 2)))
+
+
+def test_a_shared_prefix_is_read_and_not_computed(runner):
+    whole = compute(runner, PROMPT, table(0, 1, 2))
+    assert_same(compute(runner, PROMPT[16:], table(0, 8, 9), start=16), whole)
+
+
+def test_the_prefix_matters(runner):
+    whole = compute(runner, PROMPT, table(0, 1, 2))
+    compute(runner, PROMPT[::-1], table(5, 6, 7))
+    assert differs(compute(runner, PROMPT[16:], table(5, 8, 9), start=16), whole)
+
+
+def test_swapped_blocks_are_noticed(runner):
+    compute(runner, PROMPT, table(0, 1, 2))
+    right = compute(runner, PROMPT[-1:], table(0, 1, 2), start=len(PROMPT) - 1)
+    compute(runner, (5,) * 16, table(9))
+    assert differs(compute(runner, PROMPT[-1:], table(0, 9, 2), start=len(PROMPT) - 1), right)
+
+
+def test_what_lies_after_the_last_entry_does_not_matter(runner):
+    clean = compute(runner, PROMPT, table(0, 1, 2))
+    compute(runner, (9,) * 48, table(3, 4, 5))
+    assert_same(compute(runner, PROMPT, table(3, 4, 5)), clean)
+
+
+def test_more_blocks_than_needed_are_allowed(runner):
+    assert_same(compute(runner, PROMPT, table(3, 4, 5, 6, 7)), compute(runner, PROMPT, table(0, 1, 2)))
+
+
+def test_a_decode_beside_a_prompt_gives_what_it_gives_alone(runner):
+    compute(runner, PROMPT, table(0, 1, 2))
+    alone = compute(runner, (4,), table(0, 1, 2), start=len(PROMPT))
+    compute(runner, PROMPT, table(3, 4, 5))
+    beside = run(
+        runner,
+        batch_item((4,), len(PROMPT), table(3, 4, 5), sample=True),
+        batch_item(PROMPT[:30], 0, table(6, 7), sample=False),
+    )
+    assert_same(beside, alone)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "blocks"),
+    [(PROMPT, 0, (0, 1)), ((VOCAB,), 0, (0,)), ((-1,), 0, (0,)), ((1,), 0, (NUM_BLOCKS,)), ((1,), 16, (0,))],
+    ids=["short table", "token too large", "negative token", "unknown block", "start past the table"],
+)
+def test_an_item_that_contradicts_itself_is_refused(runner, tokens, start, blocks):
+    with pytest.raises(ValueError, match=r"blocks|token ids|block ids"):
+        run(runner, batch_item(tokens, start, table(*blocks), sample=True))
