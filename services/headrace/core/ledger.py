@@ -1,11 +1,11 @@
 """The account of one pool of blocks: who holds what, until when, and what may be reused."""
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.errors import Saturated
+from headrace.errors import InternalError, Saturated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,7 @@ class BlockLedger:
         self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
         self._cached: OrderedDict[BlockId, None] = OrderedDict()
         self._users = [0] * num_blocks
+        self._num_used = 0
         self._leases: dict[str, Lease] = {}
         self._writers: dict[str, tuple[BlockId, ...]] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
@@ -63,14 +64,42 @@ class BlockLedger:
 
     def counts(self) -> LedgerCounts:
         """Return the state of the pool."""
-        free, cached = len(self._free), len(self._cached)
         return LedgerCounts(
             total=self._total,
-            free=free,
-            cached=cached,
-            leased=self._total - free - cached,
+            free=len(self._free),
+            cached=len(self._cached),
+            leased=self._num_used,
             num_leases=len(self._leases) + len(self._writers),
         )
+
+    def check(self) -> None:
+        """Check that every block is in exactly one state; constant time.
+
+        Raises:
+            InternalError: blocks were lost or counted twice.
+        """
+        counts = self.counts()
+        if counts.free + counts.cached + counts.leased != counts.total:
+            raise InternalError(f"the ledger does not add up: {counts}")
+
+    def verify(self) -> None:
+        """Recount everything from the leases and writers: slow, for tests.
+
+        Raises:
+            InternalError: some count, state or name disagrees with the leases.
+        """
+        self.check()
+        holders = [*(lease.blocks for lease in self._leases.values()), *self._writers.values()]
+        users = Counter(block for blocks in holders for block in blocks)
+        unused = {block for block in range(self._total) if not users[BlockId(block)]}
+        if any(users[BlockId(block)] != count for block, count in enumerate(self._users)):
+            raise InternalError("a block's number of users differs from its leases and writers")
+        if len(self._free) != len(set(self._free)) or unused != {*self._free, *self._cached}:
+            raise InternalError("an unused block is neither free nor cached, or is so twice")
+        if {block: name for name, block in self._block_of.items()} != self._hash_of:
+            raise InternalError("names and blocks disagree")
+        if unused & self._hash_of.keys() != self._cached.keys():
+            raise InternalError("a free block has a name, or a cached one has none")
 
     @property
     def num_available(self) -> int:
@@ -95,10 +124,12 @@ class BlockLedger:
 
         Raises:
             Saturated: not enough blocks; nothing has changed.
-            ValueError: the lease exists already.
+            ValueError: the lease exists already, or a shared block is free.
         """
         if lease_id in self._leases:
             raise ValueError(f"lease {lease_id} exists")
+        if not all(self._users[block] or block in self._cached for block in shared):
+            raise ValueError("a shared block must be cached or leased: it may hold anything")
         self._require(num_new + sum(block in self._cached for block in set(shared)))
         for block in shared:
             self._use(block)
@@ -173,7 +204,12 @@ class BlockLedger:
 
         Returns:
             False when another block has that name; this one then stays nameless.
+
+        Raises:
+            ValueError: the block is not leased, or has another name.
         """
+        if not self._users[block]:
+            raise ValueError(f"block {block} must be leased to be named")
         if block_hash in self._block_of:
             return self._block_of[block_hash] == block
         if block in self._hash_of:
@@ -231,6 +267,7 @@ class BlockLedger:
         taken = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
         for block in taken:
             self._users[block] = 1
+        self._num_used += num_blocks
         return taken
 
     def _evict(self) -> BlockId:
@@ -242,12 +279,14 @@ class BlockLedger:
 
     def _use(self, block: BlockId) -> None:
         self._cached.pop(block, None)
+        self._num_used += not self._users[block]
         self._users[block] += 1
 
     def _unuse(self, block: BlockId) -> None:
         self._users[block] -= 1
         if self._users[block]:
             return
+        self._num_used -= 1
         if block in self._hash_of:
             self._cached[block] = None
         else:
