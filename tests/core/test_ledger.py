@@ -206,7 +206,8 @@ class LedgerMachine(RuleBasedStateMachine):
         target=leases, num_new=st.integers(0, 6), shared=st.lists(st.integers(0, 9), max_size=4), life=st.integers(1, 9)
     )
     def lease(self, num_new, shared, life):
-        found = list(dict.fromkeys(self.names[name_of(n)] for n in shared if name_of(n) in self.names))
+        known = sorted(self.names.values())
+        found = list(dict.fromkeys(known[index % len(known)] for index in shared if known))
         lease_id, before = self.fresh(), self.ledger.counts()
         wanted = num_new + sum(not self.users[block] for block in found)
         if wanted > len(self.unused()):
@@ -277,6 +278,17 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.name(block, block_hash)
             self.names[block_hash] = block
 
+    @rule(lease_id=consumes(leases))
+    def finish(self, lease_id):
+        lease = self.ledger.find(lease_id)
+        for block in lease.blocks if lease else ():
+            if block not in self.names.values():
+                block_hash = name_of(100 + self.count)
+                self.count += 1
+                assert self.ledger.name(block, block_hash)
+                self.names[block_hash] = block
+        self.release(lease_id)
+
     @rule()
     def forget_cached(self):
         self.ledger.forget_cached()
@@ -305,5 +317,5 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.is_cached(block) == (not self.users[block])
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLedgerAgainstAModel = LedgerMachine.TestCase
