@@ -63,6 +63,11 @@ def test_a_held_prefix_comes_out_when_it_is_broken():
     assert play(["<end>"], ["a<en", "x"])[2] == ["a", "<enx"]
 
 
+def test_a_stop_that_repeats_itself_is_found_after_a_false_start():
+    assert play(["aab"], ["a", "a", "a", "b"])[0] == "a"
+    assert play(["abcabd"], ["abcabcabd"])[0] == "abc"
+
+
 def test_the_longest_of_stops_that_end_together_is_taken():
     assert play(["b", "ab"], ["xab"])[0] == "x"
 

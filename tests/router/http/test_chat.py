@@ -192,6 +192,17 @@ async def test_a_reason_of_length_is_passed_on(http, frontend):
     assert (await post(http)).json()["choices"][0]["finish_reason"] == "length"
 
 
+async def test_usage_may_come_after_the_reason(http, frontend):
+    usage = Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=0)
+    frontend.script = lambda request: [
+        Piece(choice=0, text="a", finish=FinishReason.STOP),
+        Piece(choice=0, text="", usage=usage),
+    ]
+    answer = (await post(http)).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["total_tokens"] == 2
+
+
 async def test_texts_are_escaped_as_json(http, frontend):
     nasty = '"\\\n\u2028🙂</script>\x00'
     usage = Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=0)

@@ -6,7 +6,7 @@ import pytest
 
 from headrace.core.request import GenerationRequest, Piece, RequestId, SamplingParams
 from headrace.errors import Saturated
-from headrace.router.http.delivery import run_requests, until_disconnect
+from headrace.router.http.delivery import EventSender, run_requests, until_disconnect
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -150,6 +150,20 @@ async def test_a_client_that_asks_before_it_sends_is_refused_at_once(base_url):
         assert (await reader.readline()).startswith(b"HTTP/1.1 413")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_events_written_at_the_same_time_keep_their_order_behind_the_head():
+    sent = []
+
+    async def slow(message):
+        # The first message yields longest.
+        for _ in range(3 - len(sent)):
+            await asyncio.sleep(0)
+        sent.append(message.get("body", message["type"]))
+
+    sender = EventSender(slow)
+    await asyncio.gather(sender.write(b"1"), sender.write(b"2"))
+    assert sent == ["http.response.start", b"1", b"2"]
 
 
 async def test_the_first_of_several_failures_is_the_one_raised(frontend):

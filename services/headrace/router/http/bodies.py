@@ -1,8 +1,6 @@
 """Request bodies: their fields, their strict types, and how they are read."""
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -203,7 +201,8 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     """Return the request's body.
 
     Raises:
-        BodyTooLarge: it is over the limit; at most the limit is ever held in memory.
+        BodyTooLarge: it is over the limit; at most the limit is ever held in memory. The server
+            reads and drops the rest, so that the client sees the answer and not a reset connection.
         UnsupportedMedia: it is declared as something else than JSON.
         ClientDisconnect: the client left while sending.
     """
@@ -217,11 +216,9 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     if is_over and "expect" in request.headers:
         raise _too_large(limit)
     kept = bytearray()
-    chunks = request.stream()
-    async for chunk in chunks:
+    async for chunk in request.stream():
         is_over = is_over or len(kept) + len(chunk) > limit
         if is_over:
-            await _drain(chunks, settings)
             raise _too_large(limit)
         kept += chunk
     return bytes(kept)
@@ -229,16 +226,3 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
 
 def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is larger than {limit} bytes", field="body", limit=f"{limit} bytes")
-
-
-async def _drain(chunks: AsyncIterator[bytes], settings: HttpSettings) -> None:
-    """Throw away the rest of a refused body, within bounds."""
-    left = settings.max_drain_bytes
-    try:
-        async with asyncio.timeout(settings.drain_timeout_s):
-            async for chunk in chunks:
-                left -= len(chunk)
-                if left <= 0:
-                    return
-    except TimeoutError:
-        return

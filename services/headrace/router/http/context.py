@@ -14,9 +14,6 @@ class HttpSettings:
 
     Attributes:
         max_body_bytes: Larger request bodies are refused with 413 while they are read.
-        max_drain_bytes: Bytes of a refused body that are read and thrown away, so that the
-            client sees the answer instead of a reset connection.
-        drain_timeout_s: Longest time spent on that.
         max_prompts: Most prompts in one completions request.
         inline_chars: Longer texts are tokenized off the event loop.
         default_timeout_s: Deadline of requests that name none.
@@ -24,8 +21,6 @@ class HttpSettings:
     """
 
     max_body_bytes: int = 8 * 1024 * 1024
-    max_drain_bytes: int = 128 * 1024 * 1024
-    drain_timeout_s: float = 5.0
     max_prompts: int = 32
     # 8,000 characters take about 2 ms to tokenize (2 cores, 2026-11-21).
     inline_chars: int = 8_000
