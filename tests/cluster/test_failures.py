@@ -87,7 +87,7 @@ async def stream_eight_and_kill(cluster: LocalCluster, victim: str) -> list[obje
             async with client.stream(prompt, max_tokens=64, temperature=0.0, ignore_eos=True) as stream:
                 async for piece in stream:
                     first_tokens.set()
-                    num_tokens += len(piece.token_ids)
+                    num_tokens += len(piece.tokens)
         except HeadraceError as error:
             return error
         return num_tokens
