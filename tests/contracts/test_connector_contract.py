@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -97,10 +97,10 @@ class Bench:
 
 
 @pytest.fixture(params=LANES)
-def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "nixl over tcp":
         monkeypatch.setenv("UCX_TLS", "tcp")
-    yield request.param
+    return request.param
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def numbered(blocks: NDArray[np.uint8]) -> None:
 
 async def until(is_true: Callable[[], bool], limit_s: float = 5.0) -> None:
     async with asyncio.timeout(limit_s):
-        while not is_true():
+        while not is_true():  # noqa: ASYNC110 what is waited for is a counter
             await asyncio.sleep(0.002)
 
 

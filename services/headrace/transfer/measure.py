@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from headrace.clock import Clock
 from headrace.transfer.connector import Connector
 
+NUM_SCRATCH_BLOCKS = 8
+"""Blocks at the end of every arena that no pool hands out: what measurements read and overwrite."""
+
 NUM_BANDWIDTH_ROUNDS = 8
 NUM_LATENCY_ROUNDS = 64
 TRANSFER_LIMIT_S = 5.0

@@ -1,0 +1,175 @@
+"""What the kvstore says of itself to the cluster, and what it is made of."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.clock import Clock
+from headrace.core.request import PROTOCOL_VERSION
+from headrace.core.wire import layout_from_proto, layout_to_proto
+from headrace.errors import NotReady
+from headrace.kvstore.actor import KvStoreActor, Meet
+from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.service import KvStoreServicer
+from headrace.runtime.channels import Channels
+from headrace.runtime.telemetry import num_fds, num_tasks
+from headrace.transfer.arena import arena_of, map_blocks
+from headrace.transfer.connector import Connector, TransferStats
+from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
+from headrace.transfer.nixl import NixlConnector
+from headrace.transfer.wire import pool_to_proto
+from headrace.v1 import cluster_pb2
+from headrace.worker.peers import Peers
+
+
+class KvStoreMember:
+    """The kvstore as the cluster sees it; implements `runtime.cluster.Member`.
+
+    Args:
+        config: Name.
+        epoch: Lifetime of this process.
+        actor: Source of load and pool.
+        channels: Connections for transport tests.
+        clock: Times them.
+        begin_drain: Asks the process to leave.
+    """
+
+    def __init__(
+        self,
+        config: KvStoreConfig,
+        epoch: str,
+        actor: KvStoreActor,
+        channels: Channels,
+        clock: Clock,
+        begin_drain: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._epoch = epoch
+        self._actor = actor
+        self._channels = channels
+        self._clock = clock
+        self._begin_drain = begin_drain
+        self._peers: Peers | None = None
+        self._is_draining = False
+
+    def introduce(self) -> cluster_pb2.HandshakeRequest:
+        """Return what the kvstore says when it opens a connection."""
+        described = self.describe()
+        return cluster_pb2.HandshakeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            name=described.name,
+            role=described.role,
+            epoch=described.epoch,
+            pool=described.pool if described.HasField("pool") else None,
+        )
+
+    def describe(self) -> cluster_pb2.HandshakeResponse:
+        """Return identity and, once a worker told its block size, the pool."""
+        connector, layout = self._actor.connector, self._actor.layout
+        return cluster_pb2.HandshakeResponse(
+            protocol_version=PROTOCOL_VERSION,
+            name=self._config.name,
+            role=cluster_pb2.ROLE_KVSTORE,
+            epoch=self._epoch,
+            pool=None if connector is None else pool_to_proto(connector.pool),
+            layout=None if layout is None else layout_to_proto(layout),
+        )
+
+    def load(self) -> cluster_pb2.LoadReport:
+        """Return the load now; messages in the mailbox count as waiting."""
+        view, connector = self._actor.view(), self._actor.connector
+        transfers = TransferStats() if connector is None else connector.stats()
+        report = cluster_pb2.LoadReport(
+            name=self._config.name,
+            epoch=self._epoch,
+            num_waiting=view.mailbox.depth,
+            num_transfers=transfers.num_inflight,
+            num_tasks=num_tasks(),
+            num_fds=num_fds(),
+            num_steps=view.mailbox.num_handled,
+            is_ready=not self._is_draining,
+            not_ready_reason="draining" if self._is_draining else "",
+            is_draining=self._is_draining,
+            transferred_bytes=transfers.written_bytes + transfers.read_bytes,
+        )
+        if view.counts is not None:
+            report.ledger.total = view.counts.total
+            report.ledger.free = view.counts.free
+            report.ledger.cached = view.counts.cached
+            report.ledger.leased = view.counts.leased
+            report.ledger.num_leases = view.counts.num_leases
+        return report
+
+    async def meet(self, caller: cluster_pb2.HandshakeRequest) -> None:
+        """Take note of a worker's epoch and block layout; the first layout opens the pool.
+
+        Raises:
+            PeerMismatch: its blocks have another size than the pool's.
+        """
+        layout = layout_from_proto(caller.layout) if caller.HasField("layout") else None
+        await self._actor.mailbox.ask(
+            lambda reply: Meet(worker=caller.name, epoch=caller.epoch, layout=layout, reply=reply)
+        )
+
+    async def drain(self, grace_s: float) -> int:
+        """Begin to leave: nothing runs here that would have to end first."""
+        self._is_draining = True
+        self._begin_drain()
+        return 0
+
+    async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
+        """Move scratch blocks to and from a peer's scratch blocks."""
+        connector = self._actor.connector
+        if connector is None:
+            raise NotReady("the kvstore has no pool yet: a worker must shake hands first")
+        if self._peers is None:
+            self._peers = Peers(connector, self._channels, self.introduce, "")
+        peer = await self._peers.ensure(peer_address)
+        own_end, end = connector.pool.num_blocks, peer.pool.num_blocks
+        local = range(own_end - NUM_SCRATCH_BLOCKS, own_end)
+        remote = range(end - NUM_SCRATCH_BLOCKS, end)
+        found = await measure(connector, peer.pool.agent_name, local, remote, self._clock)
+        return cluster_pb2.MeasureTransportResponse(
+            peer_name=peer.name,
+            lane=found.lane,
+            write_bytes_per_s=found.write_bytes_per_s,
+            read_bytes_per_s=found.read_bytes_per_s,
+            latency_us=found.latency_us,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStoreParts:
+    """A kvstore without its server.
+
+    Attributes:
+        actor: Start `actor.mailbox` and run `actor.run_timer` in a task group; `actor.close` at the end.
+        servicer: For `add_KvStoreServiceServicer_to_server`.
+        member: For `runtime.cluster.ClusterServicer`.
+    """
+
+    actor: KvStoreActor
+    servicer: KvStoreServicer
+    member: KvStoreMember
+
+
+def build(
+    config: KvStoreConfig, *, epoch: str, clock: Clock, channels: Channels, begin_drain: Callable[[], None]
+) -> KvStoreParts:
+    """Put a kvstore together; its pool opens when the first worker shakes hands.
+
+    Args:
+        config: Its settings.
+        epoch: Lifetime of this process.
+        clock: Ends leases.
+        channels: Connections to others, for transport tests.
+        begin_drain: Asks the process to leave.
+    """
+
+    def connect(num_blocks: int, block_bytes: int) -> Connector:
+        arena = arena_of(map_blocks(num_blocks, block_bytes))
+        return NixlConnector(f"{config.name}-{epoch}", arena, epoch, clock)
+
+    actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
+    member = KvStoreMember(config, epoch, actor, channels, clock, begin_drain)
+    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member)
