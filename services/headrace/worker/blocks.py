@@ -113,8 +113,12 @@ class BlockExchange:
             if not self._changes and not self._client.owes_snapshot:
                 continue
             changes, self._changes = self._changes, []
-            stored = tuple(block for change in changes for block in change.stored)
-            removed = tuple(block for change in changes for block in change.removed)
+            is_present: dict[BlockHash, bool] = {}
+            for change in changes:
+                is_present.update(dict.fromkeys(change.removed, False))
+                is_present.update(dict.fromkeys(change.stored, True))
+            stored = tuple(block for block, is_there in is_present.items() if is_there)
+            removed = tuple(block for block, is_there in is_present.items() if not is_there)
             await self._client.announce(stored, removed)
 
     async def _read(self, client: KvClient, hashes: tuple[BlockHash, ...], blocks: tuple[BlockId, ...]) -> int:
