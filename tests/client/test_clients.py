@@ -185,12 +185,15 @@ async def test_a_call_under_which_the_client_is_closed_is_cancelled(connect):
 
 
 async def test_a_pause_between_attempts_ends_when_the_client_is_closed(connect):
-    router = ScriptedRouter([Saturated("full", retry_after_s=1.5)])
+    router = ScriptedRouter([Saturated("full", retry_after_s=60)])
     async with serve_router(router) as server, connect(server.address) as client, asyncio.TaskGroup() as tasks:
         calling = tasks.create_task(_outcome(client.generate("hi")))
         await wait_for(router.arrived)
+        for _ in range(3):
+            await client.models()  # behind the failure on the same connection: the pause has begun
         await client.close()
-        assert isinstance(await calling, Cancelled)
+        async with asyncio.timeout(10):
+            assert isinstance(await calling, Cancelled)
 
 
 async def test_tokens_go_in_and_out(connect):

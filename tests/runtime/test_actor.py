@@ -171,6 +171,10 @@ async def test_a_caller_that_leaves_does_not_stop_the_actor():
 
 async def test_an_actor_that_never_started_can_stop():
     actor = Actor("counter", Counter().handle, capacity=10)
+    asking = asyncio.gather(ask_total(actor), return_exceptions=True)
+    await asyncio.sleep(0)
     await actor.stop(grace_s=0)
+    [outcome] = await asking
+    assert isinstance(outcome, Draining)
     with pytest.raises(Draining):
         await ask_total(actor)

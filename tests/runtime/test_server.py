@@ -120,6 +120,28 @@ async def test_a_caller_that_leaves_while_the_stream_is_full_ends_the_handler(ch
         await wait_for(router.left)
 
 
+async def test_a_call_is_not_over_before_its_handler_has_cleaned_up(channels):
+    cleaning, may_end = asyncio.Event(), asyncio.Event()
+
+    class Endless(ScriptedRouter):
+        async def Generate(self, request, context):
+            try:
+                while True:
+                    yield router_pb2.GenerateResponse(text="x" * 10_000)
+            finally:
+                cleaning.set()
+                await may_end.wait()
+
+    async with serve_router(Endless()) as server:
+        call = stub_of(channels, server).Generate(REQUEST, timeout=5)
+        await call.read()
+        call.cancel()
+        await wait_for(cleaning)
+        assert server.num_running == 1
+        may_end.set()
+        assert await server.drain(grace_s=5) == 0
+
+
 async def test_a_deadline_ends_the_handler_and_the_call(channels):
     router = ScriptedRouter([Act.HANG])
     async with serve_router(router) as server:

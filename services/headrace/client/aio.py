@@ -12,7 +12,7 @@ from headrace.client.fold import AnswerFold
 from headrace.client.rpc import DEFAULT_ADDRESS, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, OPTIONS, policy_of, typed_errors
 from headrace.client.values import Answer, GenerateOptions, MemberInfo, Message, ModelInfo
 from headrace.core.request import Piece
-from headrace.errors import HeadraceError
+from headrace.errors import Cancelled, HeadraceError
 from headrace.v1 import router_pb2, router_pb2_grpc
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class AsyncClient:
         self._policy = policy_of(timeout_s, retries)
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._stub: RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(self._channel)
+        self._closed = asyncio.Event()
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
         """Continue a text, or tokens."""
@@ -90,7 +91,8 @@ class AsyncClient:
         return tuple(messages.member_of(member) for member in response.members)
 
     async def close(self) -> None:
-        """Close the connection; calls still running raise Cancelled."""
+        """Close the connection; calls still running, or waiting to be made again, raise Cancelled."""
+        self._closed.set()
         await self._channel.close()
 
     async def __aenter__(self) -> "AsyncClient":
@@ -104,7 +106,7 @@ class AsyncClient:
             return self._stub.Generate(request, timeout=timeout_s)
 
         attempts = Attempts(self._policy, options.get("timeout_s"))
-        return AsyncStream(self._address, attempts, begin, request.num_choices or 1)
+        return AsyncStream(self._address, attempts, begin, request.num_choices or 1, self._pause)
 
     async def _call(self, begin: Callable[[float], Awaitable[ResultT]]) -> ResultT:
         attempts = Attempts(self._policy, None)
@@ -113,7 +115,15 @@ class AsyncClient:
                 with typed_errors(self._address):
                     return await begin(attempts.remaining_s())
             except HeadraceError as error:
-                await asyncio.sleep(attempts.pause_s(error))
+                await self._pause(attempts.pause_s(error))
+
+    async def _pause(self, pause_s: float) -> None:
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._closed.wait()
+        except TimeoutError:
+            return
+        raise Cancelled(f"the client of {self._address} was closed during the call")
 
 
 class AsyncStream:
@@ -128,10 +138,12 @@ class AsyncStream:
         attempts: Attempts,
         begin: "Callable[[float], StreamCall]",
         num_choices: int,
+        pause: Callable[[float], Awaitable[None]],
     ) -> None:
         self._address = address
         self._attempts = attempts
         self._begin = begin
+        self._pause = pause
         self._fold = AnswerFold(num_choices, attempts.begun_s)
         self._call: StreamCall | None = None
         self._answer: Answer | None = None
@@ -173,7 +185,7 @@ class AsyncStream:
                     self._call = self._begin(self._attempts.remaining_s())
                 return await self._read()
             except HeadraceError as error:
-                await asyncio.sleep(self._attempts.pause_s(error))
+                await self._pause(self._attempts.pause_s(error))
 
     async def _read(self) -> router_pb2.GenerateResponse | None:
         call = cast("StreamCall", self._call)
