@@ -1,0 +1,91 @@
+"""Every process answers the same questions, and refuses peers it would misread."""
+
+import pytest
+
+from headrace.core.request import PROTOCOL_VERSION
+from headrace.errors import PeerMismatch
+from headrace.runtime.channels import Channels, translate_errors
+from headrace.runtime.cluster import ClusterServicer
+from headrace.runtime.server import GrpcServer
+from headrace.v1 import cluster_pb2, cluster_pb2_grpc
+
+
+class Worker:
+    """A member that notes what it was asked."""
+
+    def __init__(self):
+        self.met = []
+        self.grace_s = None
+        self.num_steps = 0
+
+    def describe(self):
+        return cluster_pb2.HandshakeResponse(
+            protocol_version=PROTOCOL_VERSION, model_fingerprint="f00d", name="decode-0", epoch="e1"
+        )
+
+    def load(self):
+        self.num_steps += 1
+        return cluster_pb2.LoadReport(name="decode-0", num_steps=self.num_steps)
+
+    async def meet(self, caller):
+        self.met.append(caller.name)
+
+    async def drain(self, grace_s):
+        self.grace_s = grace_s
+        return 3
+
+    async def measure(self, peer_address):
+        return cluster_pb2.MeasureTransportResponse(peer_name=peer_address)
+
+
+@pytest.fixture
+def worker():
+    return Worker()
+
+
+@pytest.fixture
+async def stub(worker):
+    server = GrpcServer("decode-0", "127.0.0.1", 0)
+    server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(worker))
+    await server.start()
+    async with Channels() as channels:
+        yield cluster_pb2_grpc.ClusterServiceStub(channels.get(server.address))
+    await server.stop()
+
+
+def hello(**changes):
+    said = {"protocol_version": PROTOCOL_VERSION, "model_fingerprint": "f00d", "name": "prefill-0"} | changes
+    return cluster_pb2.HandshakeRequest(**said)
+
+
+@pytest.mark.parametrize("fingerprint", ["f00d", ""])
+async def test_a_peer_of_the_same_model_or_of_none_is_met(stub, worker, fingerprint):
+    answered = await stub.Handshake(hello(model_fingerprint=fingerprint), timeout=5)
+    assert (answered.name, answered.epoch) == ("decode-0", "e1")
+    assert worker.met == ["prefill-0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"protocol_version": PROTOCOL_VERSION + 1}, "protocol_version"),
+        ({"model_fingerprint": "bad"}, "model_fingerprint"),
+    ],
+)
+async def test_a_peer_that_would_be_misread_is_refused_and_not_met(stub, worker, changes, field):
+    with pytest.raises(PeerMismatch) as caught:
+        async with translate_errors("decode-0"):
+            await stub.Handshake(hello(**changes), timeout=5)
+    assert caught.value.field == field
+    assert worker.met == []
+
+
+async def test_load_is_reported_again_and_again(stub):
+    reports = stub.WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=1), timeout=5)
+    assert [(await reports.read()).load.num_steps for _ in range(3)] == [1, 2, 3]
+    reports.cancel()
+
+
+async def test_a_request_to_drain_reaches_the_member_in_seconds(stub, worker):
+    assert (await stub.Drain(cluster_pb2.DrainRequest(grace_ms=1500), timeout=5)).num_running == 3
+    assert worker.grace_s == 1.5
