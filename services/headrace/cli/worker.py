@@ -42,7 +42,7 @@ from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
 from headrace.worker.config import Dtype, WorkerConfig
 from headrace.worker.engine import AsyncEngine
-from headrace.worker.kv_client import KvClient
+from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.peers import Peers
 from headrace.worker.process import NUM_SCRATCH_BLOCKS, MemberParts, WorkerMember
 
@@ -163,7 +163,10 @@ def _assemble(
     peers = Peers(connector, channels, member.introduce, machine.fingerprint)
     client = None
     if config.kvstore is not None:
-        client = KvClient(config.kvstore, channels, connector, peers, member, clock)
+        caller = StoreCaller(
+            name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=machine.runner.layout
+        )
+        client = KvClient(config.kvstore, channels, connector, peers, caller, clock)
     exchange = ExchangeParts(
         engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=config.block_tokens
     )
