@@ -37,6 +37,7 @@ from headrace.runtime.server import GrpcServer
 from headrace.seams.shape import ShapePolicy
 from headrace.settings import ServeArgs
 from headrace.transfer.arena import Arena
+from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
@@ -44,7 +45,7 @@ from headrace.worker.config import Dtype, WorkerConfig
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.peers import Peers
-from headrace.worker.process import NUM_SCRATCH_BLOCKS, MemberParts, WorkerMember
+from headrace.worker.process import MemberParts, WorkerMember
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from headrace.errors import HeadraceError, PeerFailed
 from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import num_fds, num_tasks
 from headrace.transfer.connector import Connector, PoolDescriptor
-from headrace.transfer.measure import measure
+from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.config import WorkerConfig, WorkerRole
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 CANARY_INTERVAL_S = 5.0
 CANARY_TIMEOUT_S = 10.0
 PEER_RETRY_S = 0.2
-NUM_SCRATCH_BLOCKS = 8
-"""Blocks at the end of the arena that the block pool never hands out: targets of transport tests."""
 
 _ROLES = {
     WorkerRole.PREFILL: cluster_pb2.ROLE_PREFILL,
