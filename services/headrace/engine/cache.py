@@ -38,15 +38,17 @@ class BlockCache:
         revived = sum(self.ledger.is_cached(block) for block in matched)
         return blocks_for(len(sequence.tokens), self.block_tokens) - len(matched) + revived
 
-    def admit(self, sequence: Sequence) -> None:
-        """Lease blocks for all known tokens, shared ones first; sets the KV that is present."""
-        matched = self.match(sequence)
-        num_new = blocks_for(len(sequence.tokens), self.block_tokens) - len(matched)
+    def share(self, sequence: Sequence) -> None:
+        """Lease the longest reusable prefix, maybe no block; sets the KV that is present.
+
+        All admissions of a step share before any block of the step is taken: taking one may forget a cached
+        block, and with it the rest of a prefix that the plan had counted on.
+        """
         spec = sequence.spec
-        blocks = self.ledger.lease(spec.sequence_id, num_new, shared=matched, owner=spec.sequence_id)
+        blocks = self.ledger.lease(spec.sequence_id, 0, shared=self.match(sequence), owner=spec.sequence_id)
         sequence.blocks = list(blocks)
-        sequence.num_named = len(matched)
-        sequence.place(len(matched) * self.block_tokens)
+        sequence.num_named = len(blocks)
+        sequence.place(len(blocks) * self.block_tokens)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Make the table hold `num_tokens`."""

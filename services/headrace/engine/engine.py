@@ -5,11 +5,10 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import assert_never
 
 from headrace.clock import Clock
-from headrace.core.block import root_hash
+from headrace.core.block import blocks_for, root_hash
 from headrace.core.plan import SchedulerView, SequenceView, StepPlan, WorkItem
 from headrace.core.request import FinishReason, SequenceId, Token
 from headrace.engine.batch import Batch, BatchItem, Runner
@@ -87,6 +86,8 @@ class Engine:
         self._clock = clock
         self._on_cache_change = on_cache_change
         self._cache = BlockCache(config.num_blocks, runner.layout.block_tokens)
+        # An answer that would fill the pool alone could never go on, as one that fills the context.
+        self._max_tokens = min(runner.max_context_tokens, config.num_blocks * runner.layout.block_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._arrivals = itertools.count()
         self._num_steps = 0
@@ -115,7 +116,13 @@ class Engine:
         )
 
     def apply(self, command: EngineCommand) -> None:
-        """Carry out one command between steps."""
+        """Carry out one command between steps; one that contradicts the ledger is logged and changes nothing."""
+        try:
+            self._apply(command)
+        except ValueError:
+            logger.exception("command refused", extra={"command": type(command).__name__})
+
+    def _apply(self, command: EngineCommand) -> None:
         match command:
             case Open():
                 self._open(command)
@@ -131,35 +138,40 @@ class Engine:
                 self._cache.ledger.hold(writer_id, blocks)
             case ReleaseWriter(writer_id=writer_id):
                 self._cache.ledger.release_writer(writer_id)
+            case _:
+                assert_never(command)
 
     def step(self) -> bool:
-        """Plan, run and commit one step; False when there was nothing to do."""
+        """Plan, run and commit one step; False when there was nothing to do.
+
+        Raises:
+            InternalError: blocks were lost or counted twice; the engine must not go on.
+        """
         self._expire()
         plan = self._plan()
-        if not (plan.items or plan.admit or plan.evict):
-            self._announce()
-            return False
-        begun_s = self._clock.now()
-        self._make_room(plan)
-        logits = self._run(plan)
-        if logits is not None:
-            self._commit(plan, logits)
-        self._num_steps += 1
-        self._busy_s += self._clock.now() - begun_s
+        has_work = bool(plan.items or plan.admit or plan.evict)
+        if has_work:
+            begun_s = self._clock.now()
+            self._make_room(plan)
+            self._run(plan)
+            self._num_steps += 1
+            self._busy_s += self._clock.now() - begun_s
+        self._cache.ledger.check()
         self._announce()
-        return True
+        return has_work
 
     def next_deadline_s(self) -> float | None:
         """Return when `step` has something to expire, if nothing happens before."""
-        deadlines = [sequence.deadline_s for sequence in self._sequences.values()]
+        deadlines = [sequence.deadline_s for sequence in self._sequences.values() if not sequence.has_failed]
         leases_s = self._cache.ledger.next_deadline_s()
         finite = [deadline for deadline in (*deadlines, leases_s) if deadline != float("inf")]
         return min(finite) if finite else None
 
     def fail_all(self, error: HeadraceError) -> None:
         """End every sequence; the engine is leaving."""
-        for sequence_id in list(self._sequences):
-            self._fail(self._sequences[sequence_id], error)
+        for sequence in list(self._sequences.values()):
+            if not sequence.has_failed:
+                self._fail(sequence, error)
 
     def _open(self, command: Open) -> None:
         spec = command.spec
@@ -179,62 +191,65 @@ class Engine:
         self._sequences[spec.sequence_id] = sequence
 
     def _refusal(self, sequence: Sequence) -> HeadraceError | None:
-        spec, layout = sequence.spec, self._runner.layout
-        context = self._runner.max_context_tokens
+        spec, vocab_size = sequence.spec, self._runner.vocab_size
         if spec.sequence_id in self._sequences:
             return InvalidRequest(f"sequence {spec.sequence_id} is open already", field="sequence_id")
         if not spec.prompt:
             return InvalidRequest("the prompt is empty: give at least one token", field="prompt")
-        if max(spec.tokens) >= self._runner.vocab_size or min(spec.tokens) < 0:
-            return InvalidRequest("a token id is not in the vocabulary", field="prompt")
-        if len(spec.tokens) >= context:
+        if len(spec.tokens) >= self._max_tokens:
             return InvalidRequest(
-                f"{len(spec.tokens)} tokens leave no room for an answer", field="prompt", limit=f"{context} tokens"
+                f"{len(spec.tokens)} tokens leave no room for an answer: at most {self._max_tokens} fit here",
+                field="prompt",
+                limit=f"{self._max_tokens} tokens",
             )
-        needed = sequence.most_blocks(layout.block_tokens, context)
-        if needed > self._config.num_blocks:
-            return InvalidRequest(
-                f"prompt and max_tokens need {needed} KV blocks, the worker has {self._config.num_blocks}",
-                field="max_tokens",
-                limit=f"{self._config.num_blocks * layout.block_tokens} tokens",
-            )
+        # A token id that does not exist would fail the whole step, with all sequences that share it.
+        ids = {
+            "prompt": spec.tokens,
+            "stop_token_ids": spec.sampling.stop_token_ids,
+            "logit_bias": [token for token, _ in spec.sampling.logit_bias],
+        }
+        for field, tokens in ids.items():
+            if not all(0 <= token < vocab_size for token in tokens):
+                limit = f"{vocab_size} tokens"
+                return InvalidRequest(f"a token id in {field} is not in the vocabulary", field=field, limit=limit)
         return None
 
     def _begin(self, command: Begin) -> None:
         sequence = self._sequences.get(command.sequence_id)
         if sequence is None or sequence.state is not State.HELD:
             return
+        num_known, present = len(sequence.tokens), command.num_present
+        if not 0 <= present <= num_known or (present == num_known and command.first is None):
+            error = InternalError(f"begin says {present} of {num_known} tokens are present: nothing is left to sample")
+            self._fail(sequence, error)
+            return
         sequence.has_begun = True
         sequence.state = State.RUNNING
-        sequence.place(command.num_present)
+        # The local cache may hold more than the caller counts; its blocks are shared and not written again.
+        sequence.place(max(present, sequence.kv_length))
         self._cache.name_full_blocks(sequence)
         if command.first is not None:
-            self._append(
-                sequence,
-                Chosen(
-                    token_id=command.first.token_id,
-                    logprob=command.first.logprob,
-                    top_logprobs=command.first.top_logprobs,
-                ),
-            )
+            first = command.first
+            chosen = Chosen(token_id=first.token_id, logprob=first.logprob, top_logprobs=first.top_logprobs)
+            self._append(sequence, chosen)
 
     def _pin(self, command: Pin) -> None:
-        blocks = self._cache.ledger.match(command.block_hashes)
+        ledger = self._cache.ledger
+        blocks = ledger.match(command.block_hashes) if ledger.find(command.lease_id) is None else ()
         if blocks:
-            self._cache.ledger.lease(command.lease_id, 0, shared=blocks, owner="pin", deadline_s=command.deadline_s)
+            ledger.lease(command.lease_id, 0, shared=blocks, owner="pin", deadline_s=command.deadline_s)
         command.reply(blocks)
 
     def _expire(self) -> None:
         now_s = self._clock.now()
         self._cache.ledger.expire(now_s)
-        late = [sequence for sequence in self._sequences.values() if sequence.deadline_s <= now_s]
+        late = [each for each in self._sequences.values() if each.deadline_s <= now_s and not each.has_failed]
         for sequence in late:
             self._fail(sequence, DeadlineExceeded("the request's deadline passed in the engine"))
 
     def _plan(self) -> StepPlan:
-        live = (sequence for sequence in self._sequences.values() if sequence.state is not State.DONE)
         view = SchedulerView(
-            sequences=tuple(self._view(sequence) for sequence in live),
+            sequences=self._views(),
             num_available=self._cache.ledger.num_available,
             block_tokens=self._runner.layout.block_tokens,
             num_layers=self._runner.num_layers,
@@ -243,9 +258,28 @@ class Engine:
         )
         return plan_step(view, self._order, self._shape, self._clock.now())
 
-    def _view(self, sequence: Sequence) -> SequenceView:
+    def _views(self) -> tuple[SequenceView, ...]:
+        """Return what the plan may know; counts that cannot matter in this step are bounds and cost nothing."""
+        live = [sequence for sequence in self._sequences.values() if sequence.state is not State.DONE]
+        # A step adds at most one block to a sequence: only where that may not fit is anyone evicted.
+        is_tight = self._cache.ledger.num_available < len(live)
+        # No more can be admitted than this, so the prefixes of later arrivals need not be looked up.
+        num_places = self._config.max_running - sum(bool(sequence.blocks) for sequence in live)
+        views: list[SequenceView] = []
+        for sequence in live:
+            is_waiting = sequence.state is State.WAITING
+            cost = self._admission_cost(sequence, is_exact=num_places > 0) if is_waiting else 0
+            num_places -= is_waiting
+            views.append(self._view(sequence, cost, is_tight=is_tight))
+        return tuple(views)
+
+    def _admission_cost(self, sequence: Sequence, *, is_exact: bool) -> int:
+        if is_exact:
+            return self._cache.admission_cost(sequence)
+        return blocks_for(len(sequence.tokens), self._runner.layout.block_tokens)
+
+    def _view(self, sequence: Sequence, admission_cost: int, *, is_tight: bool) -> SequenceView:
         is_running = sequence.state is State.RUNNING
-        is_waiting = sequence.state is State.WAITING
         can_evict = is_running and sequence.goal is Goal.ANSWER
         return SequenceView(
             sequence_id=sequence.spec.sequence_id,
@@ -253,8 +287,8 @@ class Engine:
             num_tokens=len(sequence.tokens),
             num_computed=sequence.kv_length,
             num_blocks=len(sequence.blocks),
-            num_blocks_to_admit=self._cache.admission_cost(sequence) if is_waiting else 0,
-            num_exclusive_blocks=self._cache.num_exclusive(sequence) if can_evict else 0,
+            num_blocks_to_admit=admission_cost,
+            num_exclusive_blocks=self._cache.num_exclusive(sequence) if can_evict and is_tight else 0,
             is_running=is_running,
             is_held=sequence.state is State.HELD,
             is_decoding=sequence.is_decoding,
@@ -263,19 +297,22 @@ class Engine:
         )
 
     def _make_room(self, plan: StepPlan) -> None:
-        """Evict, grow and admit what the plan says; by construction nothing here runs out of blocks."""
+        """Evict, admit and grow what the plan says; by construction nothing here runs out of blocks."""
         for sequence_id in plan.evict:
             sequence = self._sequences[sequence_id]
             self._cache.release(sequence)
             sequence.lose_blocks()
             self._num_preemptions += 1
+        admitted = [self._sequences[sequence_id] for sequence_id in plan.admit]
+        for sequence in admitted:
+            self._cache.share(sequence)
         for item in plan.items:
             self._cache.grow(self._sequences[item.sequence_id], item.tokens[1])
-        for sequence_id in plan.admit:
-            self._admit(self._sequences[sequence_id])
+        for sequence in admitted:
+            self._cache.grow(sequence, len(sequence.tokens))
+            self._admit(sequence)
 
     def _admit(self, sequence: Sequence) -> None:
-        self._cache.admit(sequence)
         if sequence.has_begun:
             sequence.state = State.RUNNING
             return
@@ -289,18 +326,23 @@ class Engine:
             )
         )
 
-    def _run(self, plan: StepPlan) -> torch.Tensor | None:
-        """Compute the plan's items; None when there are none or the runner failed."""
+    def _run(self, plan: StepPlan) -> None:
+        """Compute the plan's items and commit them; whatever goes wrong fails these sequences and no others."""
         if not plan.items:
-            return None
+            return
         try:
-            return self._runner.run(Batch(items=tuple(self._batch_item(item) for item in plan.items)))
-        except Exception:  # noqa: BLE001 a bug in one step must not take the other sequences along
+            logits = self._runner.run(Batch(items=tuple(self._batch_item(item) for item in plan.items)))
+            sampling = [self._sequences[item.sequence_id] for item in plan.items if item.sample]
+            chosen = sample(logits, self._rows(sampling))
+        except Exception:
             logger.exception("step failed", extra={"num_items": len(plan.items), "num_tokens": plan.num_tokens})
             for item in plan.items:
                 error = InternalError("the engine failed on this step; its log has the cause")
                 self._fail(self._sequences[item.sequence_id], error)
-            return None
+            return
+        self._commit(plan)
+        for sequence, token in zip(sampling, chosen, strict=True):
+            self._append(sequence, token)
 
     def _batch_item(self, item: WorkItem) -> BatchItem:
         sequence = self._sequences[item.sequence_id]
@@ -314,8 +356,8 @@ class Engine:
             sample=item.sample,
         )
 
-    def _commit(self, plan: StepPlan, logits: torch.Tensor) -> None:
-        sampling: list[Sequence] = []
+    def _commit(self, plan: StepPlan) -> None:
+        """Take note of the KV that the items have written."""
         for item in plan.items:
             sequence = self._sequences[item.sequence_id]
             was_prompt = not sequence.is_decoding
@@ -325,21 +367,17 @@ class Engine:
             self._cache.name_full_blocks(sequence)
             if was_prompt:
                 sequence.sink(Progress(sequence_id=item.sequence_id, num_computed=sequence.kv_length))
-            if item.sample:
-                sampling.append(sequence)
-        for sequence, chosen in zip(sampling, sample(logits, self._rows(sampling)), strict=True):
-            self._append(sequence, chosen)
 
     def _rows(self, sequences: Iterable[Sequence]) -> list[SamplingRow]:
-        eos = frozenset(self._runner.eos_token_ids)
         return [
             SamplingRow(
                 params=sequence.spec.sampling,
                 choice=sequence.spec.choice,
-                position=sequence.next_position,
+                # The token's place among the known ones: rows are made before the step is committed.
+                position=len(sequence.tokens),
                 prompt=sequence.spec.prompt,
                 output=sequence.tokens[len(sequence.spec.prompt) :],
-                eos_token_ids=eos,
+                eos_token_ids=self._runner.eos_token_ids,
             )
             for sequence in sequences
         ]
@@ -348,8 +386,7 @@ class Engine:
         """Take a chosen token into the sequence, tell of it, and end the sequence if it was the last."""
         cursor = sequence.num_output
         sequence.tokens.append(chosen.token_id)
-        eos = frozenset(self._runner.eos_token_ids)
-        finish = sequence.finish_reason(chosen.token_id, eos, self._runner.max_context_tokens)
+        finish = sequence.finish_reason(chosen.token_id, self._runner.eos_token_ids, self._max_tokens)
         if sequence.goal is Goal.FIRST_TOKEN:
             # The receiver decides about the end; it sees the same token and the same limits.
             finish, sequence.state = None, State.DONE
@@ -358,7 +395,12 @@ class Engine:
             self._drop(sequence.spec.sequence_id)
 
     def _fail(self, sequence: Sequence, error: HeadraceError) -> None:
-        self._drop(sequence.spec.sequence_id)
+        # Others were told of the blocks of a held or prefilled sequence and may be about to announce a
+        # writer, or still read: these blocks stay until Close, which says that nobody will.
+        if sequence.blocks and (sequence.state is not State.RUNNING or sequence.goal is Goal.FIRST_TOKEN):
+            sequence.state, sequence.has_failed = State.DONE, True
+        else:
+            self._drop(sequence.spec.sequence_id)
         sequence.sink(Failed(sequence_id=sequence.spec.sequence_id, error=dataclasses.replace(error)))
 
     def _drop(self, sequence_id: SequenceId) -> None:

@@ -57,7 +57,11 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """The sequence ended without finishing; its blocks are released."""
+    """The sequence ended without finishing.
+
+    Blocks of a sequence that waits for Begin, or whose goal is the first token, are released at Close:
+    until then a transfer may use them, or be about to announce itself.
+    """
 
     sequence_id: SequenceId
     error: HeadraceError

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace.core.block import BlockHash, BlockId, blocks_for
+from headrace.core.block import BlockHash, BlockId
 from headrace.core.request import FinishReason, SequenceSpec
 from headrace.engine.messages import EventSink, Goal
 
@@ -34,6 +34,7 @@ class Sequence:
         hashes: Chained hashes of the full blocks of `tokens`, extended as blocks fill.
         has_begun: Whether Begin was given; a preempted sequence does not wait for another.
         num_named: Leading blocks that carry their name in the ledger.
+        has_failed: Whether Failed was sent; only its blocks are left, until Close.
     """
 
     spec: SequenceSpec
@@ -50,6 +51,7 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     has_begun: bool = False
     num_named: int = 0
+    has_failed: bool = False
 
     @property
     def num_output(self) -> int:
@@ -73,17 +75,12 @@ class Sequence:
         self.num_named = 0
         self.state = State.WAITING
 
-    def finish_reason(self, token: int, eos: frozenset[int], max_context: int) -> FinishReason | None:
+    def finish_reason(self, token: int, eos: frozenset[int], max_known: int) -> FinishReason | None:
         """Return why the answer ends with `token`, which is already among `tokens`, or None."""
         sampling = self.spec.sampling
         may_stop = self.num_output >= sampling.min_tokens
         if may_stop and (token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)):
             return FinishReason.STOP
-        if self.num_output >= sampling.max_tokens or len(self.tokens) >= max_context:
+        if self.num_output >= sampling.max_tokens or len(self.tokens) >= max_known:
             return FinishReason.LENGTH
         return None
-
-    def most_blocks(self, block_tokens: int, max_context: int) -> int:
-        """Return how many blocks the longest answer needs."""
-        longest = min(len(self.spec.prompt) + self.spec.sampling.max_tokens, max_context)
-        return blocks_for(max(longest, len(self.tokens)), block_tokens)

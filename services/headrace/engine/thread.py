@@ -6,13 +6,15 @@ from collections import deque
 
 from headrace.clock import Clock
 from headrace.engine.engine import Engine
-from headrace.engine.messages import Begin, EngineCommand, EngineStats, HoldWriter, Open, Pin
-from headrace.errors import Draining, Saturated
+from headrace.engine.messages import Begin, EngineCommand, EngineStats, Failed, HoldWriter, Open, Pin
+from headrace.errors import Draining, HeadraceError, InternalError, Saturated
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_COMMANDS = 4096
 """A step of a second at thousands of requests a second; beyond it new work is refused."""
+
+MAX_WAIT_S = 3600.0
 
 
 class EngineThread:
@@ -53,11 +55,11 @@ class EngineThread:
 
         Raises:
             Saturated: too many commands wait. Commands that free something are never refused.
+            Draining: the engine has been told to stop, or has stopped on a bug.
         """
         with self._wake:
-            brings_work = isinstance(command, Open | Begin | Pin | HoldWriter)
-            if brings_work and len(self._commands) >= MAX_QUEUED_COMMANDS:
-                raise Saturated("the engine's mailbox is full", limit=str(MAX_QUEUED_COMMANDS), retry_after_s=1.0)
+            if isinstance(command, Open | Begin | Pin | HoldWriter):
+                self._require_room()
             self._commands.append(command)
             self._wake.notify()
 
@@ -65,22 +67,49 @@ class EngineThread:
         """Return the state after the last step."""
         return self._stats
 
+    def _require_room(self) -> None:
+        if self._is_stopping:
+            raise _leaving()
+        if len(self._commands) >= MAX_QUEUED_COMMANDS:
+            raise Saturated("the engine's mailbox is full", limit=str(MAX_QUEUED_COMMANDS), retry_after_s=1.0)
+
     def _run(self) -> None:
+        error: HeadraceError = _leaving()
+        try:
+            self._step_until_stopped()
+        except Exception:
+            logger.exception("engine stopped")
+            error = InternalError("the engine stopped on a bug; its log has the cause")
+        with self._wake:
+            self._is_stopping = True
+        self._refuse_queued(error)
+        self._engine.fail_all(error)
+        self._stats = self._engine.stats()
+
+    def _step_until_stopped(self) -> None:
         while self._wait():
             self._apply_all()
-            while self._engine.step():
+            while self._engine.step() and not self._is_stopping:
                 self._stats = self._engine.stats()
                 self._apply_all()
-                if self._is_stopping:
-                    break
             self._stats = self._engine.stats()
-        self._engine.fail_all(Draining("this worker is leaving: ask another", retry_after_s=1.0))
-        self._stats = self._engine.stats()
+
+    def _refuse_queued(self, error: HeadraceError) -> None:
+        """Answer the commands that somebody waits for; nothing that matters can follow them."""
+        while self._commands:
+            match self._commands.popleft():
+                case Open(spec=spec, sink=sink):
+                    sink(Failed(sequence_id=spec.sequence_id, error=error))
+                case Pin(reply=reply):
+                    reply(())
+                case _:
+                    pass
 
     def _wait(self) -> bool:
         """Sleep until there is a command, a deadline or the end; False at the end."""
         deadline_s = self._engine.next_deadline_s()
-        timeout_s = None if deadline_s is None else max(0.0, deadline_s - self._clock.now())
+        # The bound keeps far deadlines within what a condition can wait for.
+        timeout_s = None if deadline_s is None else min(max(0.0, deadline_s - self._clock.now()), MAX_WAIT_S)
         with self._wake:
             self._wake.wait_for(lambda: bool(self._commands) or self._is_stopping, timeout_s)
             return not self._is_stopping
@@ -88,3 +117,7 @@ class EngineThread:
     def _apply_all(self) -> None:
         while self._commands:
             self._engine.apply(self._commands.popleft())
+
+
+def _leaving() -> Draining:
+    return Draining("this worker is leaving: ask another", retry_after_s=1.0)

@@ -1,0 +1,125 @@
+"""An engine on a fake runner and a virtual clock, and a client that answers its events as a worker would."""
+
+import pytest
+
+from headrace.clock import VirtualClock
+from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
+from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, Open, Progress, Sampled
+from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
+from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.testing.runner import FakeRunner
+
+STEPS_MAX = 20_000
+
+
+class Client:
+    """Opens sequences and, unless told not to, begins what is admitted."""
+
+    def __init__(self, *, num_blocks=64, budget=64, max_running=8, shape=None, context=4096, order=None):
+        self.clock = VirtualClock(1000.0)
+        self.runner = FakeRunner(num_blocks, block_tokens=4, vocab_size=64, max_context_tokens=context)
+        self.changes = []
+        self.engine = Engine(
+            self.runner,
+            EngineConfig(num_blocks=num_blocks, token_budget=budget, max_running=max_running, fingerprint="model"),
+            order=order or FirstComeFirstServed(),
+            shape=shape or ChunkedShape(),
+            clock=self.clock,
+            on_cache_change=self.changes.append,
+        )
+        self.events = {}
+        self.num_opened = 0
+        self.answers = []
+
+    def open(self, prompt, *, goal=Goal.ANSWER, begins=True, life_s=1e6, output=(), choice=0, salt=b"", **sampling):
+        sequence_id = SequenceId(f"s{self.num_opened}")
+        self.num_opened += 1
+        sampling = {"temperature": 0.0, "max_tokens": 8, **sampling}
+        spec = SequenceSpec(
+            sequence_id=sequence_id,
+            model="m",
+            prompt=tuple(prompt),
+            output=tuple(output),
+            sampling=SamplingParams(**sampling),
+            choice=choice,
+            deadline_unix_ms=self.clock.unix_ms() + int(life_s * 1000),
+            cache_salt=salt,
+        )
+        events = self.events[sequence_id] = []
+
+        def sink(event):
+            events.append(event)
+            if isinstance(event, Admitted) and begins:
+                self.answers.append(Begin(sequence_id=sequence_id, num_present=event.num_cached_tokens))
+
+        self.engine.apply(Open(spec=spec, goal=goal, sink=sink))
+        return sequence_id
+
+    def begin(self, sequence_id, num_present, first=None):
+        self.engine.apply(Begin(sequence_id=sequence_id, num_present=num_present, first=first))
+
+    def close(self, sequence_id):
+        self.engine.apply(Close(sequence_id=sequence_id))
+
+    def steps(self, count=None):
+        """Step until there is nothing to do, or `count` times; checks the ledger after each."""
+        for _ in range(count or STEPS_MAX):
+            had_answers = bool(self.answers)
+            while self.answers:
+                self.engine.apply(self.answers.pop(0))
+            if not self.engine.step() and not self.answers and not had_answers:
+                return
+            self.engine._cache.ledger.verify()
+        assert count is not None, "the engine does not come to rest"
+
+    def run(self, prompt, **options):
+        """Return the tokens of one answer."""
+        sequence_id = self.open(prompt, **options)
+        self.steps()
+        return self.tokens(sequence_id)
+
+    def tokens(self, sequence_id):
+        return [token.token_id for token in self.sampled(sequence_id)]
+
+    def sampled(self, sequence_id):
+        return [event.token for event in self.events[sequence_id] if isinstance(event, Sampled)]
+
+    def finish(self, sequence_id):
+        return self.sampled(sequence_id)[-1].finish
+
+    def progress(self, sequence_id):
+        return [event.num_computed for event in self.events[sequence_id] if isinstance(event, Progress)]
+
+    def admitted(self, sequence_id):
+        return next(event for event in self.events[sequence_id] if isinstance(event, Admitted))
+
+    def error(self, sequence_id):
+        failures = [event.error for event in self.events[sequence_id] if isinstance(event, Failed)]
+        assert len(failures) <= 1
+        return failures[0] if failures else None
+
+    def stats(self):
+        stats = self.engine.stats()
+        assert stats.free_blocks + stats.cached_blocks + stats.leased_blocks == stats.total_blocks
+        return stats
+
+
+def prompt_of(seed, length):
+    """A prompt without EOS (2); equal seeds share their prefix."""
+    return tuple(3 + (seed * 7919 + index * (seed + 13) + index * index) % 61 for index in range(length))
+
+
+@pytest.fixture(name="prompt_of")
+def prompt_of_fixture():
+    return prompt_of
+
+
+@pytest.fixture
+def make_client():
+    return Client
+
+
+@pytest.fixture
+def whole_shape():
+    return WholeShape()
