@@ -56,9 +56,7 @@ class Store:
     async def reserve(self, hashes, seconds=10.0, writer="w", layout=LAYOUT):
         end_ms = self.deadline_ms(seconds)
         return await self._ask(
-            lambda reply: ReservePut(
-                hashes=hashes, layout=layout, writer=writer, deadline_unix_ms=end_ms, reply=reply
-            )
+            lambda reply: ReservePut(hashes=hashes, layout=layout, writer=writer, deadline_unix_ms=end_ms, reply=reply)
         )
 
     async def commit(self, lease_id, epoch=EPOCH, is_complete=True):
