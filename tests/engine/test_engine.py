@@ -507,3 +507,31 @@ def test_progress_is_not_told_while_decoding(make_client, prompt_of):
     answer = client.open(prompt_of(1, 10), max_tokens=5, ignore_eos=True)
     client.steps()
     assert sum(isinstance(event, Progress) for event in client.events[answer]) == 1
+
+
+def test_no_more_is_preempted_than_is_needed(make_client, prompt_of):
+    client = make_client(num_blocks=12)
+    for seed in range(4):
+        client.open(prompt_of(seed, 11), max_tokens=9, ignore_eos=True)
+    while not client.stats().num_preemptions:
+        client.steps(1)
+    assert client.stats().num_preemptions == 1
+    assert client.stats().num_running == 3
+
+
+def test_a_growing_sequence_does_not_take_a_prefix_that_an_admission_counts_on(make_client, prompt_of):
+    client = make_client(num_blocks=7)
+    prompt = prompt_of(1, 9)
+    # Both compute the first block; the short one names it and leaves it cached, oldest of all, while the
+    # second block of the prompt is in use: without the first nobody can find it.
+    client.open(prompt[:5], max_tokens=1, ignore_eos=True)
+    growing = client.open(prompt, max_tokens=12, ignore_eos=True)
+    client.open(prompt_of(2, 8), max_tokens=1, ignore_eos=True)
+    client.steps(9)
+    stats = client.stats()
+    assert (stats.free_blocks, stats.cached_blocks, client.engine._sequences[growing].kv_length) == (0, 3, 16)
+    joining = client.open(prompt, max_tokens=2, ignore_eos=True)
+    client.steps(1)
+    assert client.admitted(joining).num_cached_tokens == 8
+    client.steps()
+    assert client.tokens(joining) == client.tokens(growing)[:2] == reference(prompt, max_tokens=2, ignore_eos=True)
