@@ -22,13 +22,15 @@ class WholeShape:
 
     def cut(self, running: Sequence[SequenceView], token_budget: int) -> tuple[tuple[SequenceView, int], ...]:
         """Return everything that remains; prompts beyond the first wait while the budget is used up."""
-        cuts = [(sequence, 1) for sequence in running if sequence.num_remaining == 1]
-        used = len(cuts)
+        decodes = [(sequence, 1) for sequence in running if sequence.num_remaining == 1]
+        prompts: list[tuple[SequenceView, int]] = []
+        used = len(decodes)
         for sequence in running:
-            if sequence.num_remaining > 1 and (used == 0 or used < token_budget):
-                cuts.append((sequence, sequence.num_remaining))
+            # One prompt goes in any case: decodes that use up the budget must not starve it.
+            if sequence.num_remaining > 1 and (not prompts or used < token_budget):
+                prompts.append((sequence, sequence.num_remaining))
                 used += sequence.num_remaining
-        return tuple(cuts)
+        return (*decodes, *prompts)
 
 
 def plan_step(view: SchedulerView, order: OrderPolicy, shape: ShapePolicy, now_s: float) -> StepPlan:

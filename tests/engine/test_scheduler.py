@@ -1,0 +1,200 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.core.block import blocks_for
+from headrace.core.plan import Phase, SchedulerView, SequenceView
+from headrace.core.request import SequenceId
+from headrace.engine.scheduler import FirstComeFirstServed, WholeShape, plan_step
+from headrace.techniques.sarathi.shape import ChunkedShape
+
+BLOCK = 4
+FCFS = FirstComeFirstServed()
+
+
+def running(arrival, num_tokens=9, num_computed=8, *, num_blocks=None, **fields):
+    blocks = blocks_for(num_tokens, BLOCK) if num_blocks is None else num_blocks
+    defaults = {"is_running": True, "num_exclusive_blocks": blocks}
+    return view_of(arrival, num_tokens, num_computed, num_blocks=blocks, **{**defaults, **fields})
+
+
+def waiting(arrival, num_tokens=9, **fields):
+    defaults = {"is_running": False, "num_blocks": 0, "num_blocks_to_admit": blocks_for(num_tokens, BLOCK)}
+    return view_of(arrival, num_tokens, 0, **{**defaults, **fields})
+
+
+def view_of(arrival, num_tokens, num_computed, **fields):
+    return SequenceView(
+        sequence_id=SequenceId(f"s{arrival}"),
+        arrival=arrival,
+        num_tokens=num_tokens,
+        num_computed=num_computed,
+        **fields,
+    )
+
+
+def plan(*sequences, available=10, budget=16, max_running=8, shape=None, order=FCFS):
+    view = SchedulerView(
+        sequences=sequences,
+        num_available=available,
+        block_tokens=BLOCK,
+        num_layers=3,
+        token_budget=budget,
+        max_running=max_running,
+    )
+    return plan_step(view, order, shape or ChunkedShape(), 0.0)
+
+
+def test_waiting_sequences_are_admitted_by_arrival_while_blocks_last():
+    found = plan(waiting(2, 8), waiting(0, 9), waiting(1, 12), available=7)
+    assert found.admit == ("s0", "s1")
+
+
+def test_one_that_does_not_fit_holds_back_those_behind_it():
+    assert plan(waiting(0, 40), waiting(1, 4), available=5).admit == ()
+
+
+def test_held_and_running_sequences_count_against_the_places():
+    held = view_of(0, 9, 0, num_blocks=3, is_running=False, is_held=True)
+    assert plan(held, running(1), waiting(2), waiting(3), max_running=3).admit == ("s2",)
+
+
+def test_held_sequences_compute_nothing():
+    held = view_of(0, 9, 4, num_blocks=3, is_running=False, is_held=True)
+    assert plan(held).items == ()
+
+
+def test_growth_comes_before_admissions():
+    grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
+    assert plan(grows, waiting(1, 8), available=2).admit == ()
+    assert plan(grows, waiting(1, 8), available=3).admit == ("s1",)
+
+
+def test_the_latest_gives_way_when_a_block_is_missing():
+    grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
+    found = plan(grows, running(1), running(2), waiting(3, 1), available=0)
+    assert found.evict == ("s2",)
+    assert [item.sequence_id for item in found.items] == ["s0", "s1"]
+    assert found.admit == ()
+
+
+def test_a_sequence_alone_gives_way_itself():
+    grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
+    assert plan(grows, available=0).evict == ("s0",)
+
+
+def test_who_may_not_be_evicted_waits_for_blocks_instead():
+    grows = running(0, num_tokens=13, num_computed=12, num_blocks=3, can_evict=False)
+    found = plan(grows, running(1, can_evict=False), available=0)
+    assert found.evict == ()
+    assert [item.sequence_id for item in found.items] == ["s1"]
+
+
+@pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
+def test_decodes_that_use_up_the_budget_do_not_starve_a_prompt(shape):
+    found = plan(running(0, 9, 8), running(1, 9, 8), running(2, 9, 0), budget=2, shape=shape)
+    assert [item.sequence_id for item in found.items] == ["s0", "s1", "s2"]
+
+
+def test_the_last_token_samples_and_decodes_are_told_apart():
+    found = plan(running(0, 9, 8, is_decoding=True), running(1, 30, 8), budget=9)
+    decode, chunk = found.items
+    assert (decode.phase, decode.tokens, decode.sample) == (Phase.DECODE, (8, 9), True)
+    assert (chunk.phase, chunk.tokens, chunk.sample) == (Phase.PREFILL, (8, 16), False)
+    assert decode.layers == chunk.layers == (0, 3)
+
+
+def test_whole_takes_each_prompt_in_one_piece_and_all_decodes():
+    found = plan(
+        running(0, 9, 8), running(1, 50, 0), running(2, 20, 0), running(3, 9, 8), budget=40, shape=WholeShape()
+    )
+    assert [(item.sequence_id, item.num_tokens) for item in found.items] == [("s0", 1), ("s3", 1), ("s1", 50)]
+
+
+class LastComeFirstServed:
+    def key(self, sequence, now_s):
+        return (-float(sequence.arrival),)
+
+
+def test_the_order_policy_decides_who_comes_first_and_who_gives_way():
+    assert plan(waiting(0, 8), waiting(1, 8), available=2, order=LastComeFirstServed()).admit == ("s1",)
+    grows = running(1, num_tokens=13, num_computed=12, num_blocks=3)
+    assert plan(running(0), grows, available=0, order=LastComeFirstServed()).evict == ("s0",)
+
+
+@st.composite
+def views(draw):
+    sequences = []
+    for arrival in range(draw(st.integers(0, 8))):
+        num_tokens = draw(st.integers(1, 40))
+        kind = draw(st.sampled_from(["running", "held", "waiting"]))
+        if kind == "waiting":
+            blocks = blocks_for(num_tokens, BLOCK)
+            sequences.append(waiting(arrival, num_tokens, num_blocks_to_admit=draw(st.integers(0, blocks))))
+            continue
+        computed = draw(st.integers(0, num_tokens - 1))
+        missing = draw(st.integers(0, 1)) if computed >= num_tokens - 2 else 0
+        blocks = max(blocks_for(computed, BLOCK), blocks_for(num_tokens, BLOCK) - missing)
+        sequence = running(
+            arrival,
+            num_tokens,
+            computed,
+            num_blocks=blocks,
+            num_exclusive_blocks=draw(st.integers(0, blocks)),
+            can_evict=draw(st.booleans()),
+        )
+        is_held = kind == "held"
+        sequences.append(dataclasses.replace(sequence, is_held=is_held, is_running=not is_held))
+    return SchedulerView(
+        sequences=tuple(draw(st.permutations(sequences))),
+        num_available=draw(st.integers(0, 12)),
+        block_tokens=BLOCK,
+        num_layers=3,
+        token_budget=draw(st.integers(1, 24)),
+        max_running=draw(st.integers(1, 8)),
+    )
+
+
+@pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
+@given(view=views())
+def test_what_is_planned_fits_and_adds_up(shape, view):
+    found = plan_step(view, FCFS, shape, 0.0)
+    by_id = {sequence.sequence_id: sequence for sequence in view.sequences}
+    available = view.num_available + sum(by_id[each].num_exclusive_blocks for each in found.evict)
+    for item in found.items:
+        sequence = by_id[item.sequence_id]
+        assert sequence.is_running
+        assert item.tokens[0] == sequence.num_computed < item.tokens[1] <= sequence.num_tokens
+        assert item.sample == (item.tokens[1] == sequence.num_tokens)
+        available -= max(0, blocks_for(item.tokens[1], BLOCK) - sequence.num_blocks)
+    available -= sum(by_id[each].num_blocks_to_admit for each in found.admit)
+    assert available >= 0
+    touched = [*(item.sequence_id for item in found.items), *found.admit, *found.evict]
+    assert len(touched) == len(set(touched))
+    assert all(by_id[each].can_evict and by_id[each].is_running for each in found.evict)
+    holding = sum(each.num_blocks > 0 for each in view.sequences)
+    assert not found.admit or holding + len(found.admit) <= max(view.max_running, holding)
+
+
+@pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
+@given(view=views())
+def test_the_first_to_come_goes_on_or_what_it_needs_is_held_by_the_unevictable(shape, view):
+    found = plan_step(view, FCFS, shape, 0.0)
+    runners = [each for each in sorted(view.sequences, key=lambda each: each.arrival) if each.is_running]
+    if not runners:
+        return
+    first = runners[0]
+    goes_on = any(item.sequence_id == first.sequence_id for item in found.items)
+    if first.sequence_id in found.evict:
+        assert all(each.sequence_id in found.evict or not each.can_evict for each in runners)
+    else:
+        assert goes_on or blocks_for(first.num_tokens, BLOCK) > first.num_blocks
+
+
+@given(view=views())
+def test_planning_changes_nothing_and_repeats(view):
+    before = repr(view)
+    assert plan_step(view, FCFS, ChunkedShape(), 0.0) == plan_step(view, FCFS, ChunkedShape(), 0.0)
+    assert repr(view) == before
