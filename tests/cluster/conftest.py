@@ -1,7 +1,6 @@
-"""Real clusters, started once per shape and shared by the tests of a session."""
+"""Real clusters, one at a time: the machine has room for one."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,38 @@ from headrace.testing.cluster import LocalCluster
 StartCluster = Callable[..., LocalCluster]
 
 
-@pytest.fixture(scope="module")
+class Running:
+    """The cluster that lives now; asking for another shape ends it."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._key: tuple[object, ...] | None = None
+        self._cluster: LocalCluster | None = None
+
+    def start(self, workers: str = "prefill=1,decode=1", dtype: str = "fp32", *settings: str) -> LocalCluster:
+        key = (workers, dtype, settings)
+        if self._cluster is None or key != self._key:
+            self.stop()
+            run_dir: Path = self._folders.mktemp("run")
+            self._cluster = LocalCluster(run_dir, workers=workers, dtype=dtype, settings=settings).__enter__()
+            self._key = key
+        return self._cluster
+
+    def stop(self) -> None:
+        if self._cluster is not None:
+            self._cluster.__exit__()
+            self._cluster = None
+
+
+@pytest.fixture(scope="session")
 def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCluster]:
-    """Start clusters that live until the module's tests are done; the same options give the same cluster."""
-    with ExitStack() as stack:
-        running: dict[tuple[object, ...], LocalCluster] = {}
-
-        def start(workers: str = "prefill=1,decode=1", dtype: str = "fp32", *settings: str) -> LocalCluster:
-            key = (workers, dtype, settings)
-            if key not in running:
-                run_dir: Path = tmp_path_factory.mktemp("run")
-                cluster = LocalCluster(run_dir, workers=workers, dtype=dtype, settings=settings)
-                running[key] = stack.enter_context(cluster)
-            return running[key]
-
-        yield start
+    """Start a cluster, or return the one that lives if it has the same shape."""
+    running = Running(tmp_path_factory)
+    yield running.start
+    running.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster(start_cluster: StartCluster) -> LocalCluster:
     """One prefill and one decode worker in fp32."""
     return start_cluster()

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 GOOD = {"prompt": "The mill", "max_tokens": 2, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def http(cluster: LocalCluster):
     with httpx.Client(base_url=cluster.http, timeout=60.0, trust_env=False) as http:
         yield http

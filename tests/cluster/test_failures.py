@@ -29,8 +29,7 @@ async def leave_after_first_step(cluster: LocalCluster, prompt: list[int]) -> No
     """Start a request and drop it as soon as a worker is at it."""
     async with AsyncClient(cluster.grpc) as client:
         asking = asyncio.ensure_future(client.generate(prompt, max_tokens=200, temperature=0.0, ignore_eos=True))
-        while not await asyncio.to_thread(is_working, cluster):
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: is_working(cluster), 30.0, lambda: "nobody works on it")
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
@@ -112,7 +111,7 @@ def test_killing_a_process_ends_every_stream_and_the_reborn_one_serves(start_clu
     *ends, took_s = asyncio.run(stream_eight_and_kill(cluster, victim))
     num_finished = sum(end == 64 for end in ends)
     assert took_s < 5.0 or num_finished == 8, (ends, took_s)
-    wait_until(lambda: cluster.pid(victim) != old_pid, 30.0, lambda: "not restarted")
+    cluster.wait_restarted(victim, old_pid)
     cluster.wait_connected(60.0)
     assert cluster.pid(victim) != old_pid
 

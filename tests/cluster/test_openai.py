@@ -10,13 +10,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 CHAT = [{"role": "user", "content": "Name three rivers of Europe."}]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def client(cluster: LocalCluster):
     with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(client: openai.OpenAI) -> str:
     return client.models.list().data[0].id
 

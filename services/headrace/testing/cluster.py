@@ -1,13 +1,16 @@
 """A real cluster on this machine for tests and benchmarks, and the oracle that it leaks nothing."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import grpc
@@ -18,6 +21,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 QUIET_TIMEOUT_S = 15.0
 POLL_S = 0.05
+PR_SET_PDEATHSIG = 1
 FD_SLACK = 4
 """Descriptors that may differ: a reconnecting channel holds its old socket for a moment."""
 TASK_SLACK = 2
@@ -60,13 +64,42 @@ class LocalCluster:
         self._env = {**os.environ, **(env or {})}
 
     def __enter__(self) -> "LocalCluster":
-        up = self._headrace("up", *self._options, timeout_s=START_TIMEOUT_S + STOP_TIMEOUT_S)
-        if up.returncode != 0:
-            raise RuntimeError(f"headrace up failed:\n{up.stdout}\n{up.stderr}\n{self.logs()}")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / "up.log").open("wb") as log:
+            # In the foreground and bound to this process: a test run that is killed leaves nothing behind.
+            self._process = subprocess.Popen(
+                self._command("up", "--foreground", *self._options),
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                preexec_fn=_follow_parent,
+            )
+        try:
+            wait_until(self._is_ready, START_TIMEOUT_S, lambda: f"cluster not ready:\n{self.logs()}")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._headrace("down", timeout_s=STOP_TIMEOUT_S)
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _is_ready(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"headrace up ended with {self._process.returncode}:\n{self.logs()}")
+        http = self.status()["http"]
+        if http is None:
+            return False
+        try:
+            with urllib.request.urlopen(f"{http}/ready", timeout=5.0) as answer:
+                return bool(answer.status == HTTPStatus.OK)
+        except OSError:
+            return False
 
     def status(self) -> dict[str, object]:
         """Return what `headrace status --json` prints."""
@@ -83,23 +116,30 @@ class LocalCluster:
         """host:port of the router's gRPC server."""
         return str(self.status()["grpc"])
 
-    def pid(self, name: str) -> int:
-        """Return the process id of a service."""
+    def pid(self, name: str) -> int | None:
+        """Return the process id of a service; None between its death and its restart."""
         processes = self.status()["processes"]
         if not isinstance(processes, list):
             raise TypeError("status has no list of processes")
-        return next(int(process["pid"]) for process in processes if process["name"] == name)
+        return next(process["pid"] for process in processes if process["name"] == name)
+
+    def wait_restarted(self, name: str, old_pid: int, timeout_s: float = 30.0) -> None:
+        """Wait until a killed service runs again under another process id."""
+        wait_until(lambda: self.pid(name) not in (None, old_pid), timeout_s, lambda: f"{name} was not restarted")
 
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
         """Send a signal to a service this cluster started; returns its process id."""
         pid = self.pid(name)
+        if pid is None:
+            raise RuntimeError(f"{name} does not run")
         os.kill(pid, sig)
         return pid
 
     def logs(self, num_chars: int = 3000) -> str:
         """Return the end of every log file."""
         paths = sorted(self.run_dir.glob("logs/*.log"))
-        return "\n".join(f"== {path.name}\n{path.read_text()[-num_chars:]}" for path in paths)
+        paths = [self.run_dir / "up.log", *paths]
+        return "\n".join(f"== {path.name}\n{path.read_text()[-num_chars:]}" for path in paths if path.exists())
 
     def members(self) -> dict[str, router_pb2.ClusterMember]:
         """Return the processes as the router sees them, the router itself included."""
@@ -170,8 +210,16 @@ class LocalCluster:
         return sum(not (member.is_connected and member.load.is_ready) for member in self.members().values())
 
     def _headrace(self, *args: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "headrace.cli.main", args[0], "--run-dir", str(self.run_dir), *args[1:]]
+        command = self._command(*args)
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self._env, check=False)
+
+    def _command(self, verb: str, *args: str) -> list[str]:
+        return [sys.executable, "-m", "headrace.cli.main", verb, "--run-dir", str(self.run_dir), *args]
+
+
+def _follow_parent() -> None:
+    """Runs in the child before it becomes `headrace up`: SIGTERM when the parent ends (Linux)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:
