@@ -56,8 +56,8 @@ class Worker:
         self.blocks = map_blocks(NUM_BLOCKS, layout.block_bytes)
         self.connector = self._connector(fabric)
         self._caller = StoreCaller(name=name, epoch=self.name, fingerprint="f", layout=layout)
-        peers = Peers(self.connector, channels, self._introduce, "f")
-        self.client = KvClient(address, channels, self.connector, peers, self._caller, CLOCK)
+        self.peers = Peers(self.connector, channels, self._introduce, "f")
+        self.client = KvClient(address, channels, self.connector, self.peers, self._caller, CLOCK)
 
     def _connector(self, fabric: Fabric | None) -> Connector:
         if fabric is None:
@@ -279,6 +279,8 @@ async def test_real_blocks_survive_the_way_through_a_store_in_another_process(tl
             words = one.blocks.view(np.uint64)
             words[:] = np.arange(words.size, dtype=np.uint64).reshape(words.shape)
             hashes = names(*range(NUM_BLOCKS))
+            await one.peers.ensure(address)
+            await other.peers.ensure(address)
             assert await one.client.store(hashes, range(NUM_BLOCKS), soon()) == NUM_BLOCKS
             backwards = range(NUM_BLOCKS - 1, -1, -1)
             assert await other.client.fetch(hashes, backwards, soon()) == NUM_BLOCKS

@@ -13,6 +13,7 @@ from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
 from headrace.runtime.telemetry import num_fds, num_tasks
+from headrace.transfer.agent import load_bindings
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import Connector, TransferStats
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
@@ -164,7 +165,12 @@ def build(
         clock: Ends leases.
         channels: Connections to others, for transport tests.
         begin_drain: Asks the process to leave.
+
+    Raises:
+        ConfigError: NIXL is not installed.
     """
+    # Loading takes a second; the first worker's handshake must not wait for it.
+    load_bindings()
 
     def connect(num_blocks: int, block_bytes: int) -> Connector:
         arena = arena_of(map_blocks(num_blocks, block_bytes))
