@@ -184,13 +184,12 @@ async def test_a_forgotten_worker_is_out_of_the_index(store):
     assert await store.match(names(7)) == {}
 
 
-async def test_a_caller_that_left_disturbs_nobody(store):
+async def test_a_caller_that_left_gets_no_lease(store):
     await store.meet()
     asking = asyncio.create_task(store.reserve(names(1)))
+    # One step of the loop puts the question into the mailbox; it is not handled before the next.
     await asyncio.sleep(0)
     asking.cancel()
     assert await store.match(names(1)) == {}
     assert store.actor.view().mailbox.num_failed == 0
-    await store.wait(10.0)
-    await store.wait(5.0)
     assert store.ledger() == (NUM_BLOCKS, 0, 0)

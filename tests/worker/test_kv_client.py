@@ -242,7 +242,7 @@ async def test_a_cancelled_fetch_ends_its_lease(setup):
     await worker.client.store(names(1), [0], soon())
     setup.fabric.stall(setup.store_agent())
     fetching = asyncio.create_task(worker.client.fetch(names(1), [7], soon()))
-    await until(lambda: setup.ledger()[2] == 1)
+    await until(lambda: worker.connector.stats().num_inflight == 1)
     fetching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await fetching

@@ -209,6 +209,8 @@ class KvStoreActor:
                 self._handle_blocks(message)
 
     def _handle_blocks(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> None:
+        if isinstance(message, ReservePut | AcquireGet) and message.reply.done():
+            return  # The caller left while it waited: a lease would only end by the clock.
         match message:
             case Match():
                 _answer(message.reply, lambda: self._match(message.hashes))
