@@ -59,8 +59,10 @@ class TransferPeer:
         return self._ask(f"sum {block}")
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal."""
+        """Send a signal; SIGSTOP returns when all threads of the process have stopped."""
         self._process.send_signal(number)
+        if number is signal.SIGSTOP:
+            os.waitpid(self._process.pid, os.WUNTRACED)
 
     def _ask(self, line: str) -> str:
         if self._process.stdin is None:
