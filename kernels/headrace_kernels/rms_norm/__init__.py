@@ -4,11 +4,11 @@ import torch
 
 from headrace_kernels.checks import check_shape
 from headrace_kernels.dispatch import Implementations
-from headrace_kernels.rms_norm import reference
+from headrace_kernels.rms_norm import cpu, reference
 
 __all__ = ["IMPLEMENTATIONS", "rms_norm", "rms_norm_with_residual"]
 
-IMPLEMENTATIONS = Implementations(reference=reference.rms_norm)
+IMPLEMENTATIONS = Implementations(reference=reference.rms_norm, fast={("cpu", torch.float32): cpu.rms_norm})
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -16,7 +16,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         x: `[..., dim]`; the arithmetic is fp32 whatever its dtype.
-        weight: `[dim]`, any float dtype.
+        weight: `[dim]`, fp32.
         eps: Greater than 0.
 
     Returns:

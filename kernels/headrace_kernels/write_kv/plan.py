@@ -36,9 +36,10 @@ def rotation_at(positions: torch.Tensor, inverse_frequencies: torch.Tensor, magn
 
     Args:
         positions: `[tokens]` int.
-        inverse_frequencies: `[dim / 2]`, fp32, radians per position.
+        inverse_frequencies: `[dim / 2]`, fp64, radians per position: an fp32 angle at position
+            8,192 is already off by 5e-4.
         magnitude: Factor of both cos and sin.
     """
-    angles = torch.outer(positions.float(), inverse_frequencies)
-    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+    angles = torch.outer(positions.double(), inverse_frequencies)
+    cos, sin = (angles.cos() * magnitude).float(), (angles.sin() * magnitude).float()
     return Rotation(cos=torch.cat((cos, cos), dim=-1).unsqueeze(1), sin=torch.cat((-sin, sin), dim=-1).unsqueeze(1))

@@ -19,6 +19,9 @@ class BatchItem:
         kv_start: KV entries present before; token i goes to entry `kv_start + i`.
         block_table: Blocks of the sequence in order; more than are needed is allowed.
         sample: Whether the last token's logits are wanted.
+        reads_slot_positions: Set if an entry before `kv_start` may have another position than its
+            index; all entries must then have been written by this process. Positions of new
+            tokens that differ from their entries have the same effect.
     """
 
     token_ids: tuple[int, ...]
@@ -26,6 +29,7 @@ class BatchItem:
     kv_start: int
     block_table: tuple[BlockId, ...]
     sample: bool
+    reads_slot_positions: bool = False
 
     @property
     def kv_length(self) -> int:

@@ -4,7 +4,7 @@ import torch
 from headrace_kernels.write_kv import WritePlan, rotation_at, write_kv, write_positions
 
 DIM = 16
-FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
 
 
 def turned(heads, positions):
@@ -29,8 +29,7 @@ def test_queries_are_turned_and_keys_and_values_land_in_their_slots(tokens, head
 
     q = write_kv(qkv, rotation_at(positions, FREQUENCIES), arena[:, 1], plan)
 
-    # cos and sin of an fp32 angle of up to 3000 radians are off by about 3000 * 2**-24
-    atol = 2e-3 if dtype == torch.float32 else 5e-2
+    atol = 16 * torch.finfo(dtype).eps
     torch.testing.assert_close(q.double(), turned(before[:, :heads], positions), atol=atol, rtol=0)
     stored = arena[plan.blocks, 1, :, plan.slots]
     torch.testing.assert_close(

@@ -1,0 +1,47 @@
+"""The memory of a worker's KV blocks: one allocation, registered once with the transport."""
+
+import mmap
+
+import torch
+
+from headrace.core.block import KvLayout
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class KvArena:
+    """Owns `[num_blocks, layers, 2, block_tokens, kv_heads, head_dim]`, block after block.
+
+    Attributes:
+        layout: Form of a block.
+        num_blocks: Blocks in the arena.
+        data: The tensor; its memory starts on a page and holds zeros at first.
+        slot_positions: `[num_blocks, block_tokens]`, int32, RoPE position of each slot that this process wrote.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+        """Allocate.
+
+        Raises:
+            ValueError: `num_blocks` is not positive or the dtype is unknown.
+        """
+        if num_blocks <= 0 or layout.dtype not in _DTYPES:
+            raise ValueError(f"wanted blocks > 0 of {sorted(_DTYPES)}; found {num_blocks} of {layout.dtype}")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        size_bytes = num_blocks * layout.block_bytes
+        memory = torch.zeros(size_bytes + mmap.PAGESIZE, dtype=torch.uint8, device=device)
+        start = -memory.data_ptr() % mmap.PAGESIZE
+        shape = (num_blocks, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
+        self.data = memory[start : start + size_bytes].view(_DTYPES[layout.dtype]).view(shape)
+        self.slot_positions = torch.zeros((num_blocks, layout.block_tokens), dtype=torch.int32, device=device)
+
+    @property
+    def base_address(self) -> int:
+        """Address of block 0 in this process."""
+        return self.data.data_ptr()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes from one block to the next."""
+        return self.layout.block_bytes

@@ -1,0 +1,1 @@
+"""Models: specs, weights from files, and the one decoder that runs them."""

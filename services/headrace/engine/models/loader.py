@@ -1,0 +1,83 @@
+"""Models from a path: a GGUF file, or a Hugging Face folder with safetensors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headrace.core.block import KvLayout
+from headrace.engine.models.decoder import Decoder, build_decoder
+from headrace.engine.models.fingerprint import fingerprint
+from headrace.engine.models.gguf import GgufFile
+from headrace.engine.models.safetensors import SafetensorsFolder, weight_files
+from headrace.engine.models.spec import ModelSpec
+from headrace.errors import ConfigError
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""Name in a KvLayout of each dtype a model can compute in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        spec: What it is made of.
+        decoder: Its weights and computation.
+        files: Files that decide its weights.
+        dtype: Dtype of weights, activations and KV.
+        device: Where it computes.
+    """
+
+    spec: ModelSpec
+    decoder: Decoder
+    files: tuple[Path, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def kv_layout(self, block_tokens: int = 16) -> KvLayout:
+        """Return the form of its KV blocks."""
+        return KvLayout(
+            num_layers=len(self.spec.layers),
+            block_tokens=block_tokens,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.spec.head_dim,
+            dtype=DTYPE_NAMES[self.dtype],
+        )
+
+    def fingerprint(self, layout: KvLayout) -> str:
+        """Return the digest of weights, layout, dtype and kernels; reads the files."""
+        return fingerprint(self.files, layout)
+
+
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Model:
+    """Load a model.
+
+    Args:
+        path: A `.gguf` file, a folder with `config.json` and `*.safetensors`, or a folder with one `.gguf` file.
+        dtype: torch.float32 or torch.bfloat16.
+        device: Where weights go.
+
+    Raises:
+        ConfigError: The path holds no model that can be served; the message says what was found.
+    """
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"wanted dtype {' or '.join(DTYPE_NAMES.values())}; found {dtype}", field="dtype")
+    source, files = _open(path)
+    decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
+    return Model(spec=source.spec, decoder=decoder, files=files, dtype=dtype, device=device)
+
+
+def _open(path: Path) -> tuple[GgufFile | SafetensorsFolder, tuple[Path, ...]]:
+    if path.is_file() and path.suffix == ".gguf":
+        return GgufFile(path), (path,)
+    if (path / "config.json").is_file():
+        return SafetensorsFolder(path), (path / "config.json", *weight_files(path))
+    candidates = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(candidates) == 1:
+        return GgufFile(candidates[0]), (candidates[0],)
+    raise ConfigError(
+        f"{path}: wanted a .gguf file, a folder with config.json, or a folder with one .gguf file; "
+        f"found {f'{len(candidates)} .gguf files' if path.is_dir() else 'neither'}",
+        field="model",
+    )

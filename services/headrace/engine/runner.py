@@ -1,0 +1,132 @@
+"""Batch -> tensors -> logits; no policy."""
+
+from collections.abc import Iterable
+from itertools import accumulate, chain
+
+import torch
+
+from headrace.core.block import KvLayout, blocks_for
+from headrace.engine.arena import KvArena
+from headrace.engine.batch import Batch, BatchItem
+from headrace.engine.models.decoder import StepInputs
+from headrace.engine.models.loader import Model
+from headrace_kernels.attend import AttendPlan
+from headrace_kernels.write_kv import WritePlan, write_positions
+
+
+class ModelRunner:
+    """Runs a model over an arena; items of a batch are packed without padding.
+
+    Not safe for several threads: a step writes the arena.
+    """
+
+    def __init__(self, model: Model, arena: KvArena) -> None:
+        """Bind a model to its memory.
+
+        Raises:
+            ValueError: The arena has another layout than the model's KV.
+        """
+        if arena.layout != model.kv_layout(arena.layout.block_tokens):
+            raise ValueError(f"the arena holds {arena.layout}, the model writes {model.kv_layout()}")
+        self._model = model
+        self._arena = arena
+
+    @property
+    def layout(self) -> KvLayout:
+        """How a block of the arena lies in memory."""
+        return self._arena.layout
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self._model.spec.layers)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per sampled token."""
+        return self._model.spec.vocab_size
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Most tokens of one sequence."""
+        return self._model.spec.max_context_tokens
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        return self._model.spec.eos_token_ids
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute a step; see `headrace.engine.batch.Runner.run`."""
+        if not batch.items:
+            return torch.empty((0, self.vocab_size), device=self._model.device)
+        for item in batch.items:
+            self._check(item)
+        return self._model.decoder(self._inputs(batch.items), self._arena.data)
+
+    def _check(self, item: BatchItem) -> None:
+        count, needed = len(item.token_ids), blocks_for(item.kv_length, self.layout.block_tokens)
+        if not count or len(item.positions) != count or item.kv_start < 0:
+            raise ValueError(f"item of {count} tokens, {len(item.positions)} positions, start {item.kv_start}")
+        if len(item.block_table) < needed:
+            raise ValueError(f"{item.kv_length} entries need {needed} blocks; the table has {len(item.block_table)}")
+        if min(item.token_ids) < 0 or max(item.token_ids) >= self.vocab_size:
+            raise ValueError(f"token ids must be in [0, {self.vocab_size})")
+        if min(item.block_table[:needed]) < 0 or max(item.block_table[:needed]) >= self._arena.num_blocks:
+            raise ValueError(f"block ids must be in [0, {self._arena.num_blocks})")
+
+    def _inputs(self, items: tuple[BatchItem, ...]) -> StepInputs:
+        counts = [len(item.token_ids) for item in items]
+        ends = list(accumulate(counts))
+        entries = self._long(chain.from_iterable(range(item.kv_start, item.kv_length) for item in items))
+        positions = self._long(chain.from_iterable(item.positions for item in items))
+        tables = self._tables(items)
+        row_of_token = torch.repeat_interleave(self._long(range(len(items))), self._long(counts))
+        block_tokens = self.layout.block_tokens
+        write = WritePlan(blocks=tables[row_of_token, entries // block_tokens], slots=entries % block_tokens)
+        write_positions(self._arena.slot_positions, positions, write)
+        is_ordered = all(map(_is_ordered, items))
+        if not is_ordered:
+            self._note_ordered(items, tables)
+        return StepInputs(
+            token_ids=self._long(chain.from_iterable(item.token_ids for item in items)),
+            positions=positions,
+            write=write,
+            attend=AttendPlan(
+                cu_seqlens=self._long([0, *ends]),
+                block_tables=tables,
+                kv_lengths=self._long(item.kv_length for item in items),
+                slot_positions=None if is_ordered else self._arena.slot_positions,
+            ),
+            sample_rows=self._long(end - 1 for end, item in zip(ends, items, strict=True) if item.sample),
+        )
+
+    def _tables(self, items: tuple[BatchItem, ...]) -> torch.Tensor:
+        """Return block tables, padded with a block of the same row, `[items, most blocks needed]`."""
+        needed = [blocks_for(item.kv_length, self.layout.block_tokens) for item in items]
+        width = max(needed)
+        return torch.tensor(
+            [
+                item.block_table[:count] + item.block_table[:1] * (width - count)
+                for item, count in zip(items, needed, strict=True)
+            ],
+            device=self._model.device,
+        )
+
+    def _note_ordered(self, items: tuple[BatchItem, ...], tables: torch.Tensor) -> None:
+        """Write the positions of ordered items too: blocks that a peer sent came without them."""
+        block_tokens = self.layout.block_tokens
+        for item, table in zip(items, tables, strict=True):
+            if _is_ordered(item):
+                entries = self._long(range(item.kv_length))
+                plan = WritePlan(blocks=table[entries // block_tokens], slots=entries % block_tokens)
+                write_positions(self._arena.slot_positions, entries, plan)
+
+    def _long(self, values: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=self._model.device)
+
+
+def _is_ordered(item: BatchItem) -> bool:
+    """Return whether entry i of the sequence has position i."""
+    return not item.reads_slot_positions and item.positions == tuple(range(item.kv_start, item.kv_length))
