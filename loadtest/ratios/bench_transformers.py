@@ -50,9 +50,7 @@ class Transformers:
     """The peer: the same file, dequantised to bf16, eager, static greedy generation."""
 
     def __init__(self, path: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16
-        ).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
 
     @torch.inference_mode()
     def tpot(self, seed: int) -> float:

@@ -43,7 +43,7 @@ class Ratio:
     work: dict[str, float]
 
 
-def compare(
+def compare(  # noqa: PLR0913 a pair and how it is run
     name: str,
     *,
     baseline: tuple[str, Callable[[int], float]],

@@ -14,7 +14,8 @@ LAST_WORD_TOKEN = 40000
 
 def fresh_tokens(seed: int, count: int) -> list[int]:
     """Return tokens that no other seed shares a prefix with."""
-    return np.random.default_rng(seed).integers(FIRST_WORD_TOKEN, LAST_WORD_TOKEN, count).tolist()
+    drawn = np.random.default_rng(seed).integers(FIRST_WORD_TOKEN, LAST_WORD_TOKEN, count)
+    return [int(token) for token in drawn]
 
 
 async def token_times(address: str, prompt: Sequence[int], num_tokens: int) -> list[float]:

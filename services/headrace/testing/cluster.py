@@ -121,7 +121,8 @@ class LocalCluster:
         processes = self.status()["processes"]
         if not isinstance(processes, list):
             raise TypeError("status has no list of processes")
-        return next(process["pid"] for process in processes if process["name"] == name)
+        pid = next(process["pid"] for process in processes if process["name"] == name)
+        return None if pid is None else int(pid)
 
     def wait_restarted(self, name: str, old_pid: int, timeout_s: float = 30.0) -> None:
         """Wait until a killed service runs again under another process id."""
