@@ -1,0 +1,139 @@
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from headrace.core.block import KvLayout
+from headrace.engine.arena import KvArena
+from headrace.engine.batch import Batch, batch_item
+from headrace.engine.models.fingerprint import fingerprint
+from headrace.engine.models.loader import load_model
+from headrace.engine.runner import ModelRunner
+from headrace.errors import ConfigError
+
+CPU = torch.device("cpu")
+LAYOUT = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=8, dtype="fp32")
+VOCABULARY, HIDDEN, MLP = 64, 256, 256
+QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16", "F32"]
+
+
+def quantise(values, kind):
+    """K-quants have no writer in the gguf package: any bytes with sane scales are valid blocks."""
+    quantisation = gguf.GGMLQuantizationType[kind]
+    try:
+        return gguf.quantize(values, quantisation)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[quantisation]
+        rows = np.random.default_rng(0).integers(0, 256, (values.size // block, size), dtype=np.uint8)
+        scale = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+        starts = {"Q4_K": (0, 2), "Q6_K": (size - 2,)}[kind]
+        for start in starts:
+            rows[:, start : start + 2] = scale
+        return rows.reshape(values.shape[0], -1)
+
+
+def write_gguf(path, kind):
+    """A Llama of one layer, and its weights as the file holds them."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_eos_token_id(7)
+    shapes = {
+        "token_embd": (VOCABULARY, HIDDEN),
+        "output_norm": (HIDDEN,),
+        "blk.0.attn_norm": (HIDDEN,),
+        "blk.0.ffn_norm": (HIDDEN,),
+        "blk.0.attn_q": (HIDDEN, HIDDEN),
+        "blk.0.attn_k": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_v": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, HIDDEN),
+        "blk.0.ffn_gate": (MLP, HIDDEN),
+        "blk.0.ffn_up": (MLP, HIDDEN),
+        "blk.0.ffn_down": (HIDDEN, MLP),
+    }
+    generator = np.random.default_rng(1)
+    for name, shape in shapes.items():
+        values = generator.standard_normal(shape, dtype=np.float32) * 0.05
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", values + 1)
+        else:
+            writer.add_tensor(f"{name}.weight", quantise(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_gguf_file_of_every_quantisation_gives_finite_logits(tmp_path, kind):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kind)
+    model = load_model(path, dtype=torch.float32, device=CPU)
+    runner = ModelRunner(model, KvArena(model.kv_layout(), 2, CPU))
+    logits = runner.run(Batch(items=(batch_item(range(20), 0, [1, 0], sample=True),)))
+    assert logits.shape == (1, VOCABULARY)
+    assert logits.isfinite().all()
+    assert runner.eos_token_ids == {7}
+
+
+@pytest.mark.cpu
+def test_quantised_files_agree_with_the_unquantised_one(tmp_path):
+    logits = {}
+    for kind in ("F32", "F16", "Q8_0", "Q5_1"):
+        write_gguf(tmp_path / f"{kind}.gguf", kind)
+        model = load_model(tmp_path / f"{kind}.gguf", dtype=torch.float32, device=CPU)
+        runner = ModelRunner(model, KvArena(model.kv_layout(), 2, CPU))
+        logits[kind] = runner.run(Batch(items=(batch_item(range(20), 0, [1, 0], sample=True),)))
+    spread = logits["F32"].std()
+    errors = [float((logits[kind] - logits["F32"]).std() / spread) for kind in ("F16", "Q8_0", "Q5_1")]
+    assert errors[0] < 1e-3 < errors[1] < 0.02 < errors[2] < 0.2
+
+
+def test_an_unknown_architecture_lists_the_known_ones(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ConfigError, match=r"gemma.*llama.*mistral.*qwen2.*qwen3.*found 'mamba'"):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "0 .gguf files"),
+        ({"a.gguf": b"GGUF", "b.gguf": b""}, "2 .gguf files"),
+        ({"a.gguf": b"not a model"}, "wanted a GGUF file"),
+        ({"config.json": b"{"}, "wanted a JSON object"),
+        ({"config.json": b"[]"}, "wanted a JSON object; found list"),
+        ({"config.json": b"{}"}, "the key model_type; it is missing"),
+        ({"config.json": b'{"model_type": "llama"}'}, "the key hidden_size; it is missing"),
+    ],
+)
+def test_a_folder_without_a_model_is_refused_with_what_was_found(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_model(tmp_path, dtype=torch.float32, device=CPU)
+
+
+def test_a_path_that_does_not_exist_and_an_unknown_dtype_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="found neither"):
+        load_model(tmp_path / "nothing", dtype=torch.float32, device=CPU)
+    with pytest.raises(ConfigError, match="wanted dtype fp32 or bf16"):
+        load_model(tmp_path, dtype=torch.float16, device=CPU)
+
+
+def test_a_fingerprint_changes_with_content_and_layout_but_not_with_the_name(tmp_path):
+    for name, content in {"a": b"weights", "b": b"weights", "c": b"others"}.items():
+        (tmp_path / name).write_bytes(content)
+    narrow = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=8, dtype="bf16")
+    first = fingerprint([tmp_path / "a"], LAYOUT)
+    assert first == fingerprint([tmp_path / "b"], LAYOUT)
+    assert len({first, fingerprint([tmp_path / "c"], LAYOUT), fingerprint([tmp_path / "a"], narrow)}) == 3
