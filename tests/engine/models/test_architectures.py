@@ -104,7 +104,9 @@ def test_a_weight_of_another_shape_is_named(tmp_path):
     transformers.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {"intermediate_size": 81}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight to be \[81, 48\]; found \[80, 48\]"):
+    with pytest.raises(
+        ConfigError, match=r"model\.layers\.0\.mlp\.gate_proj\.weight to be \[81, 48\]; found \[80, 48\]"
+    ):
         start(tmp_path)
 
 

@@ -36,7 +36,7 @@ def build(shapes, heads, kv_heads, dtype, *, dim=32, moved=False, seed=0):
     shuffled = torch.randperm(num_blocks, generator=generator)
     arena = torch.full((num_blocks, 4, 2, BLOCK_TOKENS, kv_heads, dim), torch.nan, dtype=dtype)
     kv_view = arena[:, 2]
-    slot_positions = torch.full((num_blocks, BLOCK_TOKENS), 2**30, dtype=torch.int32)
+    slot_positions = torch.zeros((num_blocks, BLOCK_TOKENS), dtype=torch.int32)
     tables = shuffled[-1].repeat(len(shapes), max(needed) + 1)
     positions, used = [], 0
     for row, (queries, entries) in enumerate(shapes):

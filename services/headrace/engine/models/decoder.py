@@ -126,10 +126,11 @@ class _Builder:
         self.device = device
         self._source = source
         self._rms_norm = rms_norm.IMPLEMENTATIONS.choose(device, dtype)
+        self._table = self._weight("embedding", (spec.vocab_size, spec.hidden_size))
 
     def embedding(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return token ids -> hidden states."""
-        table = self._embedding_table()
+        table = self._table
         if not self.spec.architecture.scales_embedding:
             return lambda token_ids: functional.embedding(token_ids, table)
         scale = torch.tensor(self.spec.hidden_size**0.5, dtype=self.dtype, device=self.device)
@@ -139,7 +140,7 @@ class _Builder:
         """Return hidden states -> logits in fp32."""
         spec = self.spec
         shape = (spec.vocab_size, spec.hidden_size)
-        weight = self._embedding_table() if spec.is_tied else self._weight("head", shape)
+        weight = self._table if spec.is_tied else self._weight("head", shape)
         project = build_linear(weight, is_sensitive=True)
         cap = spec.logit_soft_cap
         if cap is None:
@@ -210,9 +211,6 @@ class _Builder:
             return build_linear(weight, is_sensitive=is_sensitive)
         biases = [self._weight(name, (size,), layer, kind="bias") for name, size in sizes.items()]
         return build_linear(weight, torch.cat(biases), is_sensitive=is_sensitive)
-
-    def _embedding_table(self) -> torch.Tensor:
-        return self._weight("embedding", (self.spec.vocab_size, self.spec.hidden_size))
 
     def _weight(
         self, name: str, shape: Sequence[int], layer: int | None = None, *, kind: str = "weight"
