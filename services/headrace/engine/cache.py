@@ -44,8 +44,8 @@ class BlockCache:
         All admissions of a step share before any block of the step is taken: taking one may forget a cached
         block, and with it the rest of a prefix that the plan had counted on.
         """
-        spec = sequence.spec
-        blocks = self.ledger.lease(spec.sequence_id, 0, shared=self.match(sequence), owner=spec.sequence_id)
+        owner = sequence.spec.sequence_id
+        blocks = self.ledger.lease(sequence.lease_id, 0, shared=self.match(sequence), owner=owner)
         sequence.blocks = list(blocks)
         sequence.num_named = len(blocks)
         sequence.place(len(blocks) * self.block_tokens)
@@ -54,7 +54,7 @@ class BlockCache:
         """Make the table hold `num_tokens`."""
         missing = blocks_for(num_tokens, self.block_tokens) - len(sequence.blocks)
         if missing > 0:
-            sequence.blocks.extend(self.ledger.extend(sequence.spec.sequence_id, missing))
+            sequence.blocks.extend(self.ledger.extend(sequence.lease_id, missing))
 
     def name_full_blocks(self, sequence: Sequence) -> None:
         """Name the blocks that computed tokens have filled since the last call."""
@@ -71,11 +71,11 @@ class BlockCache:
 
     def num_exclusive(self, sequence: Sequence) -> int:
         """Return how many blocks a sequence's eviction makes available, at least."""
-        return self.ledger.num_exclusive(sequence.spec.sequence_id)
+        return self.ledger.num_exclusive(sequence.lease_id)
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence's lease; its named blocks stay until they are needed."""
-        self.ledger.release(sequence.spec.sequence_id)
+        self.ledger.release(sequence.lease_id)
 
     def take_change(self) -> CacheChange | None:
         """Return what came into and left the cache since the last call, or None."""

@@ -133,7 +133,7 @@ class Engine:
             case Pin():
                 self._pin(command)
             case Unpin(lease_id=lease_id):
-                self._cache.ledger.release(lease_id)
+                self._cache.ledger.release(_pin_lease(lease_id))
             case HoldWriter(writer_id=writer_id, block_ids=blocks):
                 self._cache.ledger.hold(writer_id, blocks)
             case ReleaseWriter(writer_id=writer_id):
@@ -202,6 +202,12 @@ class Engine:
                 field="prompt",
                 limit=f"{self._max_tokens} tokens",
             )
+        if spec.sampling.max_tokens <= len(spec.output):
+            return InvalidRequest(
+                f"{len(spec.output)} of at most {spec.sampling.max_tokens} tokens are generated already",
+                field="max_tokens",
+                limit=f"more than {len(spec.output)}",
+            )
         # A token id that does not exist would fail the whole step, with all sequences that share it.
         ids = {
             "prompt": spec.tokens,
@@ -223,6 +229,9 @@ class Engine:
             error = InternalError(f"begin says {present} of {num_known} tokens are present: nothing is left to sample")
             self._fail(sequence, error)
             return
+        if command.first is not None and not 0 <= command.first.token_id < self._runner.vocab_size:
+            self._fail(sequence, InternalError("begin's first token is not in the vocabulary"))
+            return
         sequence.has_begun = True
         sequence.state = State.RUNNING
         # The local cache may hold more than the caller counts; its blocks are shared and not written again.
@@ -234,10 +243,10 @@ class Engine:
             self._append(sequence, chosen)
 
     def _pin(self, command: Pin) -> None:
-        ledger = self._cache.ledger
-        blocks = ledger.match(command.block_hashes) if ledger.find(command.lease_id) is None else ()
+        ledger, lease_id = self._cache.ledger, _pin_lease(command.lease_id)
+        blocks = ledger.match(command.block_hashes) if ledger.find(lease_id) is None else ()
         if blocks:
-            ledger.lease(command.lease_id, 0, shared=blocks, owner="pin", deadline_s=command.deadline_s)
+            ledger.lease(lease_id, 0, shared=blocks, owner="pin", deadline_s=command.deadline_s)
         command.reply(blocks)
 
     def _expire(self) -> None:
@@ -412,6 +421,10 @@ class Engine:
         change = self._cache.take_change()
         if change is not None:
             self._on_cache_change(change)
+
+
+def _pin_lease(lease_id: str) -> str:
+    return f"pin {lease_id}"
 
 
 def _token(cursor: int, chosen: Chosen, finish: FinishReason | None) -> Token:

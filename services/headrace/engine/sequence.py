@@ -54,6 +54,11 @@ class Sequence:
     has_failed: bool = False
 
     @property
+    def lease_id(self) -> str:
+        """Name of its lease in the ledger; none that a peer chose for a pin can equal it."""
+        return f"sequence {self.spec.sequence_id}"
+
+    @property
     def num_output(self) -> int:
         """Tokens generated, here or before a move."""
         return len(self.tokens) - len(self.spec.prompt)
