@@ -3,9 +3,9 @@
 import pytest
 
 from headrace.core.request import PROTOCOL_VERSION
-from headrace.errors import PeerMismatch
+from headrace.errors import InvalidRequest, PeerMismatch
 from headrace.runtime.channels import Channels, translate_errors
-from headrace.runtime.cluster import ClusterServicer
+from headrace.runtime.cluster import ClusterServicer, check_peer
 from headrace.runtime.server import GrpcServer
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -89,3 +89,46 @@ async def test_load_is_reported_again_and_again(stub):
 async def test_a_request_to_drain_reaches_the_member_in_seconds(stub, worker):
     assert (await stub.Drain(cluster_pb2.DrainRequest(grace_ms=1500), timeout=5)).num_running == 3
     assert worker.grace_s == 1.5
+
+
+@pytest.mark.parametrize("kind", [cluster_pb2.HandshakeRequest, cluster_pb2.HandshakeResponse])
+def test_a_refusal_says_who_spoke_what_and_what_was_wanted(kind):
+    with pytest.raises(PeerMismatch, match=r"decode-7 .*fingerprint theirs.*ours"):
+        check_peer(
+            kind(protocol_version=PROTOCOL_VERSION, name="decode-7", model_fingerprint="theirs"), "ours"
+        )
+    with pytest.raises(PeerMismatch, match=r"decode-7 speaks protocol 99"):
+        check_peer(kind(protocol_version=99, name="decode-7"), "ours")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("", "f00d"), ("f00d", ""), ("", ""), ("f00d", "f00d")])
+def test_a_process_without_a_model_pairs_with_any(theirs, ours):
+    check_peer(cluster_pb2.HandshakeRequest(protocol_version=PROTOCOL_VERSION, model_fingerprint=theirs), ours)
+
+
+async def test_unknown_fields_of_a_newer_peer_are_tolerated(worker):
+    """Field 4001 stands for what a later version adds; a process in the middle of a roll-out must not mind."""
+    newer_field = bytes.fromhex("8afa01") + b"\x05later"
+    server = GrpcServer("decode-0", "127.0.0.1", 0)
+    server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(worker))
+    await server.start()
+    async with Channels() as channels:
+        call = channels.get(server.address).unary_unary(
+            "/headrace.v1.ClusterService/Handshake",
+            request_serializer=lambda message: message.SerializeToString() + newer_field,
+            response_deserializer=lambda data: cluster_pb2.HandshakeResponse.FromString(data + newer_field),
+        )
+        answered = await call(hello(), timeout=5)
+    await server.stop()
+    assert (answered.name, worker.met) == ("decode-0", ["prefill-0"])
+    check_peer(answered, "f00d")
+
+
+async def test_a_member_may_refuse_whoever_passed_the_checks(stub, worker):
+    async def refuse(caller):
+        raise InvalidRequest("not you", field="name")
+
+    worker.meet = refuse
+    with pytest.raises(InvalidRequest, match="not you"):
+        async with translate_errors("decode-0"):
+            await stub.Handshake(hello(), timeout=5)

@@ -28,7 +28,8 @@ class Reservation:
         deadline_unix_ms: When the promise ends by itself.
         first: The first token, once the KV has landed.
         cached_tokens: Prompt tokens that the prefill worker did not compute.
-        writers: Attempts that have begun and not reported their end.
+        writer: The attempt that has begun and not reported its end.
+        ended_writers: Attempts that are over; a begin of theirs that comes late is refused.
     """
 
     lease_id: str
@@ -36,8 +37,17 @@ class Reservation:
     deadline_unix_ms: int
     first: Token | None = None
     cached_tokens: int = 0
-    writers: set[str] = field(default_factory=set)
+    writer: str | None = None
+    ended_writers: set[str] = field(default_factory=set)
     landed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Writer:
+    """Whose blocks an attempt writes into, and when its time is over."""
+
+    lease_id: str
+    end_unix_ms: int
 
 
 class Reservations:
@@ -45,7 +55,8 @@ class Reservations:
 
     The engine's ledger counts each writer apart from the sequence: a sequence may be cancelled
     while a peer still writes, but its blocks are not reused before that peer has reported its
-    end, or the clock says that it cannot write any more.
+    end, or the clock says that it cannot write any more. A reservation has one writer at a time: late
+    data of a first one would overwrite what a second one has delivered.
 
     Args:
         engine: Owner of the blocks.
@@ -58,11 +69,11 @@ class Reservations:
         self._clock = clock
         self._epoch = epoch
         self._live: dict[str, Reservation] = {}
-        self._writer_ends_ms: dict[str, int] = {}
+        self._writers: dict[str, _Writer] = {}
 
     def num_writers(self) -> int:
         """Return how many writers have begun and not ended."""
-        return len(self._writer_ends_ms)
+        return len(self._writers)
 
     def grant(self, block_ids: tuple[BlockId, ...], deadline_unix_ms: int) -> Reservation:
         """Promise blocks to prefill workers."""
@@ -77,37 +88,59 @@ class Reservations:
         self._live.pop(reservation.lease_id, None)
 
     def begin_write(self, lease_id: str, epoch: str, writer_id: str) -> bool:
-        """Count a writer; False when the sequence is gone, its KV has landed, or the lease is of another epoch."""
+        """Count a writer.
+
+        Returns:
+            False when the sequence is gone, its KV has landed, the lease is of another epoch, another writer
+            has not ended, or this one has.
+
+        Raises:
+            Saturated: the engine's mailbox is full; nothing is held.
+        """
         reservation = self._live.get(lease_id) if epoch == self._epoch else None
-        if reservation is None or reservation.first is not None:
+        if reservation is None or reservation.first is not None or writer_id in reservation.ended_writers:
             return False
-        if writer_id not in self._writer_ends_ms:
-            self._engine.hold_writer(writer_id, reservation.block_ids)
-            self._writer_ends_ms[writer_id] = reservation.deadline_unix_ms + int(WRITER_GRACE_S * 1000)
+        if reservation.writer is not None or writer_id in self._writers:
+            return reservation.writer == writer_id
+        self._engine.hold_writer(writer_id, reservation.block_ids)
+        end_unix_ms = reservation.deadline_unix_ms + int(WRITER_GRACE_S * 1000)
+        self._writers[writer_id] = _Writer(lease_id=lease_id, end_unix_ms=end_unix_ms)
+        reservation.writer = writer_id
         return True
 
     def commit(self, lease_id: str, writer_id: str, first: Token, cached_tokens: int) -> bool:
-        """Take note that a writer delivered all KV; False when the sequence no longer waits for it."""
-        is_known = writer_id in self._writer_ends_ms
-        self.end_write(writer_id)
+        """Take note that a writer delivered all KV; False when the sequence does not wait for it."""
         reservation = self._live.get(lease_id)
-        if not is_known or reservation is None or reservation.first is not None:
+        is_expected = reservation is not None and reservation.writer == writer_id and reservation.first is None
+        self.end_write(writer_id, lease_id)
+        if reservation is None or not is_expected:
             return False
         reservation.first, reservation.cached_tokens = first, cached_tokens
         reservation.landed.set()
         return True
 
-    def end_write(self, writer_id: str) -> None:
-        """Take note that a writer writes no more; unknown ones are ignored."""
-        if self._writer_ends_ms.pop(writer_id, None) is not None:
+    def end_write(self, writer_id: str, lease_id: str = "") -> None:
+        """Take note that a writer writes no more.
+
+        Args:
+            writer_id: The writer; one that never began cannot begin any more.
+            lease_id: What it was to fill.
+        """
+        writer = self._writers.pop(writer_id, None)
+        if writer is not None:
             self._engine.release_writer(writer_id)
+        reservation = self._live.get(writer.lease_id if writer is not None else lease_id)
+        if reservation is not None:
+            reservation.ended_writers.add(writer_id)
+            if reservation.writer == writer_id:
+                reservation.writer = None
 
     def expire_writers(self) -> int:
         """End writers whose time is over; returns how many."""
         now_ms = self._clock.unix_ms()
-        expired = [writer for writer, end_ms in self._writer_ends_ms.items() if end_ms <= now_ms]
-        for writer in expired:
-            self.end_write(writer)
+        expired = [writer_id for writer_id, writer in self._writers.items() if writer.end_unix_ms <= now_ms]
+        for writer_id in expired:
+            self.end_write(writer_id)
         return len(expired)
 
     async def run_expiry(self) -> None:

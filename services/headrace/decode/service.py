@@ -56,7 +56,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if request.epoch != self._epoch:
             return decode_pb2.CommitPrefillResponse(is_accepted=False)
         if request.WhichOneof("outcome") != "first_token":
-            reservations.end_write(request.writer_id)
+            reservations.end_write(request.writer_id, request.lease_id)
             return decode_pb2.CommitPrefillResponse(is_accepted=True)
         first = request.first_token
         is_accepted = reservations.commit(

@@ -1,0 +1,385 @@
+"""A whole cluster in one process: real router, servicers and engines; a fake model, a fake transport.
+
+Only what would need a GPU, NIXL or a second process is fake; gRPC runs over loopback.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry
+
+from headrace.clock import Clock, WallClock
+from headrace.core.request import SamplingParams, SequenceId, SequenceSpec, Token
+from headrace.decode.job import DecodeParts
+from headrace.decode.reservations import Reservations
+from headrace.decode.service import DecodeServicer
+from headrace.engine.batch import Batch
+from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.messages import EngineCommand, EngineEvent, EngineStats, Open
+from headrace.engine.scheduler import FirstComeFirstServed
+from headrace.engine.thread import EngineThread
+from headrace.kvstore.config import KvStoreConfig
+from headrace.prefill.job import PrefillParts
+from headrace.prefill.service import PrefillServicer
+from headrace.router.actor import LiveRequests
+from headrace.router.config import RouterConfig
+from headrace.router.sequence import SequenceParts, SequenceRun
+from headrace.router.workers import WorkerTable
+from headrace.runtime.channels import Channels
+from headrace.runtime.cluster import ClusterServicer
+from headrace.runtime.server import GrpcServer
+from headrace.runtime.telemetry import RouterMetrics
+from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.testing.connector import Fabric, FakeConnector
+from headrace.testing.kvstore import fake_kvstore, serve_kvstore
+from headrace.testing.lane import FaultyLane
+from headrace.testing.runner import FakeRunner
+from headrace.testing.text import byte_text_model
+from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
+from headrace.worker.blocks import BlockExchange, ExchangeParts
+from headrace.worker.config import WorkerConfig, WorkerRole
+from headrace.worker.engine import AsyncEngine
+from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.peers import Peers
+from headrace.worker.process import MemberParts, WorkerMember
+
+FINGERPRINT = "fake-model"
+BLOCK_TOKENS = 4
+VOCAB_SIZE = 259
+PATIENCE_S = 10.0
+NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
+Tick = Callable[[str], None]
+
+
+class ArenaRunner(FakeRunner):
+    """A fake model whose blocks are bytes that a transport can move; it computes while its gate is open.
+
+    Attributes:
+        blocks: The pool, `[block, byte]`, uint8.
+        gate: Steps wait for it.
+        entered: Set when a step begins.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks, block_tokens=BLOCK_TOKENS, vocab_size=VOCAB_SIZE)
+        words = np.full((num_blocks, 2, BLOCK_TOKENS), 2**64 - 1, dtype=np.uint64)
+        self._tokens, self._positions = words[:, 0], words[:, 1]
+        self.blocks = words.reshape(num_blocks, -1).view(np.uint8)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Compute a step once the gate is open."""
+        self.entered.set()
+        if not self.gate.wait(PATIENCE_S):
+            raise TimeoutError("the test left the gate closed")
+        return super().run(batch)
+
+
+class TappedPort:
+    """Stands before an engine's thread and tells of every command and event."""
+
+    def __init__(self, thread: EngineThread, tick: Tick) -> None:
+        self._thread = thread
+        self._tick = tick
+
+    def stats(self) -> EngineStats:
+        """Return the engine's last snapshot."""
+        return self._thread.stats()
+
+    def send(self, command: EngineCommand) -> None:
+        """Pass a command on."""
+        self._tick(type(command).__name__)
+        if isinstance(command, Open):
+            sink = command.sink
+
+            def tapped(event: EngineEvent) -> None:
+                self._tick(type(event).__name__)
+                sink(event)
+
+            command = Open(spec=command.spec, goal=command.goal, sink=tapped)
+        self._thread.send(command)
+
+
+class TappedConnector(FakeConnector):
+    """Tells of every write, before and after."""
+
+    tick: Tick = staticmethod(lambda _: None)
+
+    async def write(
+        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+    ) -> None:
+        """Copy own blocks into a peer's blocks."""
+        self.tick("write")
+        await super().write(agent_name, local_ids, remote_ids, deadline_s)
+        self.tick("written")
+
+
+class FleetWorker:
+    """One worker behind a lane of its own.
+
+    Attributes:
+        runner: Its fake model.
+        lane: Cut it and the worker looks killed.
+    """
+
+    def __init__(self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane, num_blocks: int) -> None:
+        self.name, self.role, self.lane = name, role, lane
+        self.epoch = f"{name}-{fleet.next_epoch()}"
+        self._fabric, clock, tasks = fleet.fabric, fleet.clock, fleet.tasks
+        self.runner = ArenaRunner(num_blocks)
+        bounds = EngineConfig(num_blocks=num_blocks, token_budget=8, max_running=32, fingerprint=FINGERPRINT)
+        self.thread = EngineThread(
+            Engine(
+                self.runner,
+                bounds,
+                order=FirstComeFirstServed(),
+                shape=ChunkedShape(),
+                clock=clock,
+                on_cache_change=lambda _: None,
+            ),
+            clock,
+        )
+        self.engine = AsyncEngine(TappedPort(self.thread, fleet.tick), asyncio.get_running_loop())
+        self.connector = TappedConnector(fleet.fabric, self.epoch, self.runner.blocks, self.epoch, clock)
+        self.connector.tick = fleet.tick
+        self.config = WorkerConfig(name=name, role=role, model=Path("fake"))
+        self._parts = MemberParts(
+            config=self.config,
+            epoch=self.epoch,
+            model_name="fake",
+            fingerprint=FINGERPRINT,
+            runner=self.runner,
+            engine=self.engine,
+            connector=self.connector,
+            clock=clock,
+        )
+        self.peers = Peers(self.connector, fleet.worker_channels, self._parts.introduce, FINGERPRINT)
+        self.blocks = BlockExchange(
+            ExchangeParts(
+                engine=self.engine, connector=self.connector, tasks=tasks, clock=clock, block_tokens=BLOCK_TOKENS
+            ),
+            self._kv_client(fleet),
+            FINGERPRINT,
+            deadline_s=2.0,
+        )
+        self.reservations = Reservations(self.engine, clock, self.epoch)
+        self.prefill = self._prefill_parts(fleet)
+        self.member = WorkerMember(self._parts, self.peers, begin_drain=lambda: None)
+        self.member.not_ready_reason = ""
+        self.server = GrpcServer(name, "127.0.0.1", 0, new_work=NEW_WORK)
+
+    def _kv_client(self, fleet: "Fleet") -> KvClient | None:
+        if fleet.kvstore is None:
+            return None
+        caller = StoreCaller(name=self.name, epoch=self.epoch, fingerprint=FINGERPRINT, layout=self.runner.layout)
+        return KvClient(fleet.kvstore, fleet.worker_channels, self.connector, self.peers, caller, fleet.clock)
+
+    def _prefill_parts(self, fleet: "Fleet") -> PrefillParts:
+        return PrefillParts(
+            engine=self.engine,
+            connector=self.connector,
+            peers=self.peers,
+            channels=fleet.worker_channels,
+            blocks=self.blocks,
+            clock=fleet.clock,
+            tasks=fleet.tasks,
+            block_tokens=BLOCK_TOKENS,
+            block_bytes=self.runner.blocks.shape[1],
+            transfer_deadline_s=fleet.transfer_deadline_s,
+            push_whole=False,
+        )
+
+    async def start(self) -> None:
+        """Serve behind the lane."""
+        decode = DecodeParts(engine=self.engine, blocks=self.blocks, reservations=self.reservations)
+        servicer = DecodeServicer(decode, self.lane.address, self.epoch)
+        self.server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(self.member))
+        self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
+        self.server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(self.prefill))
+        await self.server.start()
+        self.lane.connect(self.server.port)
+        self.thread.start()
+
+    async def kill(self) -> None:
+        """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""
+        self.runner.gate.set()
+        self._fabric.kill(self.epoch)
+        await self.lane.cut()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End the worker."""
+        self.runner.gate.set()
+        await self.server.stop()
+        await asyncio.to_thread(self.thread.stop)
+        await self.connector.close()
+
+    def left(self) -> str:
+        """Return what is held here, or nothing when all is at rest."""
+        stats = self.engine.stats()
+        held = {
+            "leased": stats.leased_blocks,
+            "leases": stats.num_leases,
+            "sequences": stats.num_running + stats.num_waiting,
+            "writers": self.reservations.num_writers(),
+            "inflight": self.connector.stats().num_inflight,
+            "calls": self.server.num_running,
+        }
+        return ", ".join(f"{self.name} {name}={count}" for name, count in held.items() if count)
+
+
+class Fleet:
+    """Workers and the router's parts.
+
+    Attributes:
+        workers: By name.
+        live: The front door.
+        on_tick: Hears the name of every step of the protocol; may be called on an engine's thread.
+    """
+
+    def __init__(self, stack: AsyncExitStack, tasks: asyncio.TaskGroup, clock: Clock) -> None:
+        self.fabric, self.tasks, self.clock = Fabric(), tasks, clock
+        self.channels, self.worker_channels = Channels(), Channels()
+        self.workers: dict[str, FleetWorker] = {}
+        self.kvstore: str | None = None
+        self.transfer_deadline_s = 5.0
+        self.on_tick: Tick = lambda _: None
+        self.table: WorkerTable
+        self.parts: SequenceParts
+        self.live: LiveRequests
+        self._stack = stack
+        self._num_epochs = 0
+        self._num_sequences = 0
+        self._follows: dict[str, asyncio.Task[None]] = {}
+
+    def next_epoch(self) -> int:
+        """Return a number that no worker had."""
+        self._num_epochs += 1
+        return self._num_epochs
+
+    def tick(self, what: str) -> None:
+        """Tell of a step of the protocol."""
+        self.on_tick(what)
+
+    async def start(self, roles: dict[str, WorkerRole], folder: Path, *, max_live: int, num_blocks: int) -> None:
+        """Start workers and router."""
+        for name, role in roles.items():
+            lane = FaultyLane()
+            await lane.open()
+            self.workers[name] = FleetWorker(self, name, role, lane, num_blocks)
+            await self.workers[name].start()
+        addresses = tuple(worker.lane.address for worker in self.workers.values())
+        self.table = WorkerTable(
+            name="router", addresses=addresses, channels=self.channels, clock=self.clock, report_timeout_s=1.0
+        )
+        self.parts = SequenceParts(
+            table=self.table,
+            channels=self.channels,
+            clock=self.clock,
+            tasks=self.tasks,
+            kvstore=self.kvstore,
+            max_moves=3,
+        )
+        config = RouterConfig(model=folder, max_live_requests=max_live)
+        metrics = RouterMetrics(CollectorRegistry(), self.clock)
+        self.live = LiveRequests(config, self.parts, byte_text_model(folder), self.clock, metrics)
+        self.table.on_meet = self.live.meet
+        for address in addresses:
+            self._follows[address] = self.tasks.create_task(self.table.follow(address))
+        await self.until(lambda: len(self.table.usable()) == len(addresses), "workers not met")
+
+    async def stop(self) -> None:
+        """End everything."""
+        for follow in self._follows.values():
+            follow.cancel()
+        for worker in self.workers.values():
+            await worker.stop()
+            await worker.lane.cut()
+        await self.channels.close()
+        await self.worker_channels.close()
+
+    def spec(self, prompt: Sequence[int], *, timeout_s: float = 30.0, **sampling: object) -> SequenceSpec:
+        """Return a sequence with a name of its own; greedy and eight tokens unless said otherwise."""
+        self._num_sequences += 1
+        params: dict[str, object] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **sampling}
+        return SequenceSpec(
+            sequence_id=SequenceId(f"s{self._num_sequences}"),
+            model="fake",
+            prompt=tuple(prompt),
+            sampling=SamplingParams(**params),  # type: ignore[arg-type]  # names are checked by the dataclass
+            deadline_unix_ms=self.clock.unix_ms() + int(timeout_s * 1000),
+        )
+
+    def run(self, spec: SequenceSpec) -> SequenceRun:
+        """Return the run of a sequence through the cluster."""
+        return SequenceRun(self.parts, spec, FINGERPRINT, BLOCK_TOKENS)
+
+    async def tokens(self, spec: SequenceSpec) -> list[Token]:
+        """Return a sequence's tokens."""
+        found: list[Token] = []
+        async with aclosing(self.run(spec).batches()) as batches:
+            async for batch in batches:
+                found.extend(batch.tokens)
+        return found
+
+    async def until(self, is_true: Callable[[], object], reason: str, limit_s: float = PATIENCE_S) -> None:
+        """Wait for something that sets no event."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while not is_true():  # noqa: ASYNC110 what is waited for is a counter
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise AssertionError(reason) from None
+
+    async def at_rest(self, *names: str) -> None:
+        """Wait until no named worker (none named: all) holds anything, and no request's task is left."""
+        watched = [self.workers[name] for name in names or self.workers]
+        try:
+            await self.until(lambda: not any(worker.left() for worker in watched), "", 5.0)
+            await self.until(lambda: not self.request_tasks(), "", 2.0)
+        except AssertionError:
+            held = [*(worker.left() for worker in watched), *map(repr, self.request_tasks())]
+            raise AssertionError("; ".join(filter(None, held))) from None
+
+    def request_tasks(self) -> list["asyncio.Task[object]"]:
+        """Return live tasks that some request started."""
+        words = ("prefill_or_cancel", "_run_choice", "_push_chunks", "_report_failure", "._read", "Job.", "_end_writer")
+        return [
+            task
+            for task in asyncio.all_tasks()
+            if not task.done() and any(word in getattr(task.get_coro(), "__qualname__", "") for word in words)
+        ]
+
+
+@asynccontextmanager
+async def open_fleet(
+    folder: Path, roles: dict[str, WorkerRole], *, kvstore: bool = False, max_live: int = 256, num_blocks: int = 64
+) -> AsyncIterator[Fleet]:
+    """Serve a cluster on loopback until the block ends.
+
+    Args:
+        folder: Where its tokenizer is written.
+        roles: Roles of the workers, by name.
+        kvstore: Whether there is a kvstore.
+        max_live: Admission bound of the router.
+        num_blocks: Size of each worker's pool.
+    """
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+        fleet = Fleet(stack, tasks, WallClock())
+        if kvstore:
+            config = KvStoreConfig(memory_bytes=1 << 20)
+            parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.worker_channels)
+            server = await stack.enter_async_context(serve_kvstore(parts))
+            fleet.kvstore = server.address
+        try:
+            await fleet.start(roles, folder, max_live=max_live, num_blocks=num_blocks)
+            yield fleet
+        finally:
+            await fleet.stop()
