@@ -8,7 +8,10 @@ from headrace_kernels.rms_norm import cpu, reference
 
 __all__ = ["IMPLEMENTATIONS", "rms_norm", "rms_norm_with_residual"]
 
-IMPLEMENTATIONS = Implementations(reference=reference.rms_norm, fast={("cpu", torch.float32): cpu.rms_norm})
+IMPLEMENTATIONS = Implementations(
+    reference=reference.rms_norm,
+    fast={("cpu", torch.float32): cpu.rms_norm, ("cpu", torch.bfloat16): cpu.rms_norm},
+)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headrace_kernels.rms_norm import rms_norm, rms_norm_with_residual
+from headrace_kernels.rms_norm import IMPLEMENTATIONS, rms_norm, rms_norm_with_residual
 
 
 def wanted(x, weight, eps):
@@ -14,9 +14,10 @@ def wanted(x, weight, eps):
 def test_rows_are_divided_by_their_root_mean_square(shape, dtype):
     x, weight = (torch.randn(shape) * 10).to(dtype), torch.randn(shape[-1])
     eps = torch.finfo(dtype).eps
-    found = rms_norm(x, weight, 1e-5)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), wanted(x, weight, 1e-5), rtol=4 * eps, atol=eps)
+    for implementation in (rms_norm, IMPLEMENTATIONS.reference):
+        found = implementation(x, weight, 1e-5)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted(x, weight, 1e-5), rtol=4 * eps, atol=eps)
 
 
 def test_a_row_of_zeros_stays_finite():
