@@ -3,14 +3,18 @@
 import pytest
 
 from headrace.clock import VirtualClock
+from headrace.core.block import BlockId
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
+from headrace.engine.batch import Batch, batch_item
 from headrace.engine.engine import Engine, EngineConfig
-from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, Open, Progress, Sampled
+from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, Open, Pin, Progress, Sampled
+from headrace.engine.sampler import SamplingRow, sample
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.testing.runner import FakeRunner
 
 STEPS_MAX = 20_000
+BLOCK = 4
 
 
 class Client:
@@ -18,7 +22,7 @@ class Client:
 
     def __init__(self, *, num_blocks=64, budget=64, max_running=8, shape=None, context=4096, order=None):
         self.clock = VirtualClock(1000.0)
-        self.runner = FakeRunner(num_blocks, block_tokens=4, vocab_size=64, max_context_tokens=context)
+        self.runner = FakeRunner(num_blocks, block_tokens=BLOCK, vocab_size=64, max_context_tokens=context)
         self.changes = []
         self.engine = Engine(
             self.runner,
@@ -99,6 +103,23 @@ class Client:
         assert len(failures) <= 1
         return failures[0] if failures else None
 
+    def pin(self, lease_id, hashes, deadline_s=2000.0):
+        found = []
+        self.engine.apply(Pin(lease_id=lease_id, block_hashes=hashes, deadline_s=deadline_s, reply=found.append))
+        return found[0]
+
+    def end(self):
+        """Close everything; the ledger must be where it began."""
+        for sequence_id in self.events:
+            self.close(sequence_id)
+        self.at_rest()
+
+    def at_rest(self):
+        """Nobody has blocks or waits for them."""
+        self.engine._cache.ledger.verify()
+        stats = self.stats()
+        assert (stats.leased_blocks, stats.num_leases, stats.num_running, stats.num_waiting) == (0, 0, 0, 0)
+
     def stats(self):
         stats = self.engine.stats()
         assert stats.free_blocks + stats.cached_blocks + stats.leased_blocks == stats.total_blocks
@@ -110,6 +131,35 @@ def prompt_of(seed, length):
     return tuple(3 + (seed * 7919 + index * (seed + 13) + index * index) % 61 for index in range(length))
 
 
+def reference(prompt, choice=0, **sampling):
+    """The answer by the definition: one sequence, its own memory, everything computed anew for each token."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **sampling})
+    runner = FakeRunner(256, block_tokens=BLOCK, vocab_size=64)
+    output = []
+    while len(output) < params.max_tokens:
+        tokens = (*prompt, *output)
+        table = tuple(BlockId(index) for index in range(256))
+        logits = runner.run(Batch(items=(batch_item(tokens, 0, table, sample=True),)))
+        row = SamplingRow(
+            params=params,
+            choice=choice,
+            position=len(tokens),
+            prompt=prompt,
+            output=output,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        output.append(sample(logits, [row])[0].token_id)
+        is_eos = output[-1] in runner.eos_token_ids and not params.ignore_eos
+        if len(output) >= params.min_tokens and (is_eos or output[-1] in params.stop_token_ids):
+            break
+    return output
+
+
+@pytest.fixture(name="reference")
+def reference_fixture():
+    return reference
+
+
 @pytest.fixture(name="prompt_of")
 def prompt_of_fixture():
     return prompt_of
@@ -117,7 +167,16 @@ def prompt_of_fixture():
 
 @pytest.fixture
 def make_client():
-    return Client
+    """Makes clients; at the end each closes what it opened, and then nothing may be leased."""
+    clients = []
+
+    def make(**options):
+        clients.append(Client(**options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.end()
 
 
 @pytest.fixture

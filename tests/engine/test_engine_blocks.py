@@ -1,0 +1,188 @@
+"""What the engine does with blocks: reuse, pins, writers, preemption."""
+
+from headrace.core.block import BlockId
+from headrace.core.request import SequenceId
+from headrace.engine.messages import Admitted, Begin, Close, Goal, HoldWriter, ReleaseWriter, Unpin
+from headrace.errors import DeadlineExceeded
+
+
+def test_blocks_that_peers_were_told_of_stay_until_close(make_client, prompt_of):
+    client = make_client(num_blocks=4)
+    held = client.open(prompt_of(1, 12), begins=False, life_s=10.0)
+    client.steps()
+    blocks = client.admitted(held).block_ids
+    client.clock.advance(11.0)
+    client.steps()
+    assert isinstance(client.error(held), DeadlineExceeded)
+    # A writer that was announced before anyone heard of the deadline still finds its blocks untouched.
+    client.engine.apply(HoldWriter(writer_id="late", block_ids=blocks))
+    client.close(held)
+    waiting = client.open(prompt_of(2, 12))
+    client.steps()
+    assert not client.events[waiting]
+    client.engine.apply(ReleaseWriter(writer_id="late"))
+    client.steps()
+    assert client.tokens(waiting)
+    client.at_rest()
+
+
+def test_a_second_answer_reuses_the_prefix(make_client, prompt_of):
+    client = make_client()
+    prompt = prompt_of(1, 22)
+    first = client.run(prompt)
+    before = client.stats().computed_tokens
+    again = client.open(prompt)
+    client.steps()
+    assert client.tokens(again) == first
+    assert client.admitted(again).num_cached_tokens == 20
+    assert client.stats().computed_tokens - before == 2 + 7
+
+
+def test_the_last_known_token_is_always_computed(make_client, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 16)
+    client.run(prompt)
+    again = client.open(prompt)
+    client.steps()
+    assert client.admitted(again).num_cached_tokens == 12
+
+
+def test_an_answer_is_a_prefix_for_the_next_turn(make_client, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 10)
+    answer = client.run(prompt, max_tokens=9, ignore_eos=True)
+    turn = client.open((*prompt, *answer, 5, 6, 7))
+    client.steps()
+    # The KV of an answer's last token is never computed: 18 of 19 tokens, in full blocks.
+    assert client.admitted(turn).num_cached_tokens == 16
+
+
+def test_tenants_do_not_share(make_client, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 16)
+    client.run(prompt, salt=b"a")
+    other = client.open(prompt, salt=b"b")
+    client.steps()
+    assert client.admitted(other).num_cached_tokens == 0
+
+
+def test_changes_of_the_cache_are_told_with_what_is_true(make_client, prompt_of):
+    client = make_client(num_blocks=8)
+    for seed in range(6):
+        client.run(prompt_of(seed, 18), max_tokens=2, ignore_eos=True)
+    known = set()
+    for change in client.changes:
+        assert not known & set(change.stored)
+        assert set(change.removed) <= known
+        known = (known | set(change.stored)) - set(change.removed)
+    assert known == set(client.engine._cache.ledger.names())
+
+
+def test_pinned_blocks_are_not_reused(make_client, prompt_of):
+    client = make_client(num_blocks=6)
+    first = client.open(prompt_of(1, 16), max_tokens=1)
+    client.steps()
+    hashes = client.admitted(first).block_hashes
+    assert len(client.pin("p", (*hashes, b"unknown"))) == 4
+    assert client.pin("p", hashes) == ()
+    waiting = client.open(prompt_of(2, 16), max_tokens=1)
+    client.steps()
+    assert client.tokens(waiting) == []
+    client.engine.apply(Unpin(lease_id="p"))
+    client.steps()
+    assert len(client.tokens(waiting)) == 1
+    client.at_rest()
+
+
+def test_a_pin_and_a_sequence_of_the_same_name_are_two_things(make_client, reference, prompt_of):
+    client = make_client()
+    first = client.open(prompt_of(1, 16))
+    client.steps()
+    hashes = client.admitted(first).block_hashes
+    assert client.pin("s1", hashes)
+    second = client.open(prompt_of(1, 17), max_tokens=20, ignore_eos=True)
+    assert second == "s1"
+    client.steps(3)
+    client.engine.apply(Unpin(lease_id="s1"))
+    client.engine.apply(Unpin(lease_id="s1"))
+    client.steps()
+    assert client.tokens(second) == reference(prompt_of(1, 17), max_tokens=20, ignore_eos=True)
+
+
+def test_a_pin_ends_by_the_clock(make_client, prompt_of):
+    client = make_client()
+    first = client.open(prompt_of(1, 16))
+    client.steps()
+    client.pin("p", client.admitted(first).block_hashes, deadline_s=1005.0)
+    assert client.engine.next_deadline_s() == 1005.0
+    client.clock.advance(6.0)
+    client.steps()
+    client.at_rest()
+
+
+def test_a_writer_on_blocks_nobody_holds_is_refused_and_logged(make_client, caplog):
+    client = make_client()
+    client.engine.apply(HoldWriter(writer_id="w", block_ids=(BlockId(0),)))
+    assert "command refused" in caplog.messages
+    client.at_rest()
+
+
+def test_unknown_ids_are_ignored(make_client):
+    client = make_client()
+    for command in (
+        Close(sequence_id=SequenceId("x")),
+        Begin(sequence_id=SequenceId("x"), num_present=0),
+        Unpin(lease_id="x"),
+        ReleaseWriter(writer_id="x"),
+    ):
+        client.engine.apply(command)
+    client.at_rest()
+
+
+def test_a_preempted_sequence_goes_on_where_it_was(make_client, reference, prompt_of):
+    client = make_client(num_blocks=12, max_running=4)
+    sequences = [client.open(prompt_of(seed, 12), max_tokens=14, ignore_eos=True) for seed in range(3)]
+    client.steps()
+    assert client.stats().num_preemptions > 0
+    for seed, sequence in enumerate(sequences):
+        assert client.tokens(sequence) == reference(prompt_of(seed, 12), max_tokens=14, ignore_eos=True)
+        assert sum(isinstance(event, Admitted) for event in client.events[sequence]) == 1
+    client.at_rest()
+
+
+def test_what_a_peer_may_still_read_is_never_preempted(make_client, reference, prompt_of):
+    client = make_client(num_blocks=8)
+    prefilled = client.open(prompt_of(1, 16), goal=Goal.FIRST_TOKEN)
+    client.steps()
+    answer = client.open(prompt_of(2, 12), max_tokens=20, ignore_eos=True)
+    client.steps()
+    # Four blocks are left for the answer: it waits rather than take those of the prefilled prompt.
+    assert len(client.tokens(answer)) < 20
+    client.close(prefilled)
+    client.steps()
+    assert client.tokens(answer) == reference(prompt_of(2, 12), max_tokens=20, ignore_eos=True)
+
+
+def test_no_more_is_preempted_than_is_needed(make_client, prompt_of):
+    client = make_client(num_blocks=12)
+    for seed in range(4):
+        client.open(prompt_of(seed, 11), max_tokens=9, ignore_eos=True)
+    while not client.stats().num_preemptions:
+        client.steps(1)
+    assert client.stats().num_preemptions == 1
+    assert client.stats().num_running == 3
+
+
+def test_a_growing_sequence_does_not_take_a_prefix_that_an_admission_counts_on(make_client, reference, prompt_of):
+    client = make_client(num_blocks=7)
+    prompt = prompt_of(1, 9)
+    # Both compute the first block; the short one names it and leaves it cached, oldest of all, while the
+    # second block of the prompt is in use: without the first nobody can find it.
+    client.open(prompt[:5], max_tokens=1, ignore_eos=True)
+    growing = client.open(prompt, max_tokens=12, ignore_eos=True)
+    client.open(prompt_of(2, 8), max_tokens=1, ignore_eos=True)
+    client.steps(9)
+    stats = client.stats()
+    assert (stats.free_blocks, stats.cached_blocks, client.engine._sequences[growing].kv_length) == (0, 3, 16)
+    joining = client.open(prompt, max_tokens=2, ignore_eos=True)
+    client.steps(1)
+    assert client.admitted(joining).num_cached_tokens == 8
+    client.steps()
+    assert client.tokens(joining) == client.tokens(growing)[:2] == reference(prompt, max_tokens=2, ignore_eos=True)
