@@ -56,8 +56,12 @@ def compare(  # noqa: PLR0913 a pair and how it is run
     """Run baseline and candidate `pairs` times, alternating which goes first.
 
     Args:
+        name: What is compared.
         baseline: Its name and a function from the pair's seed to a figure.
         candidate: Likewise.
+        pairs: Number of pairs.
+        seed: Seed of the first pair; the next ones count up.
+        unit: Of the figures.
         work: Read once at the end.
     """
     figures: list[tuple[float, float]] = []

@@ -24,6 +24,7 @@ from headrace.cli.ports import Ports, default_folder
 from headrace.cli.state import ClusterState, ProcessState
 from headrace.clock import Clock, WallClock
 from headrace.errors import HeadraceError
+from headrace.settings import environment
 
 LAYOUT_FILE = "layout.json"
 GRACE_S = 10.0
@@ -168,6 +169,7 @@ async def _start(service: Service) -> asyncio.subprocess.Process:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            env={**service.env, **environment()},
             start_new_session=True,
             preexec_fn=partial(_die_with, os.getpid()),
         )
