@@ -152,8 +152,8 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
         section = next(iter(content))
         overrides = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
         command = [*layout.program, roles[name], "--config", str(file)]
-        for field, value in overrides.items():
-            command += ["--set", f"{field}={value}"]
+        for option, value in overrides.items():
+            command += ["--set", f"{option}={value}"]
         services.append(
             Service(
                 name=name,

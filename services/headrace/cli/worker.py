@@ -154,7 +154,7 @@ def _assemble(
     member = MemberParts(
         config=config,
         epoch=epoch,
-        model_name=config.model_name or config.model.stem,
+        model_name=config.served_name,
         fingerprint=machine.fingerprint,
         runner=machine.runner,
         engine=engine,

@@ -1,7 +1,6 @@
 """A real cluster on this machine for tests and benchmarks, and the oracle that it leaks nothing."""
 
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+from headrace.cli import state
 from headrace.v1 import cluster_pb2, router_pb2, router_pb2_grpc
 
 START_TIMEOUT_S = 120.0
@@ -62,6 +62,7 @@ class LocalCluster:
         for setting in settings:
             self._options += ["--set", setting]
         self._env = {**os.environ, **(env or {})}
+        self._channel: grpc.Channel | None = None
 
     def __enter__(self) -> "LocalCluster":
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -76,12 +77,15 @@ class LocalCluster:
             )
         try:
             wait_until(self._is_ready, START_TIMEOUT_S, lambda: f"cluster not ready:\n{self.logs()}")
+            self._channel = grpc.insecure_channel(self.grpc)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._channel is not None:
+            self._channel.close()
         self._process.terminate()
         try:
             self._process.wait(STOP_TIMEOUT_S)
@@ -92,37 +96,39 @@ class LocalCluster:
     def _is_ready(self) -> bool:
         if self._process.poll() is not None:
             raise RuntimeError(f"headrace up ended with {self._process.returncode}:\n{self.logs()}")
-        http = self.status()["http"]
-        if http is None:
+        found = state.read(self.run_dir)
+        if found is None:
             return False
         try:
-            with urllib.request.urlopen(f"{http}/ready", timeout=5.0) as answer:
+            with urllib.request.urlopen(f"{found.http}/ready", timeout=5.0) as answer:
                 return bool(answer.status == HTTPStatus.OK)
         except OSError:
             return False
 
-    def status(self) -> dict[str, object]:
-        """Return what `headrace status --json` prints."""
-        found: dict[str, object] = json.loads(self._headrace("status", "--json", timeout_s=10.0).stdout)
+    def state(self) -> state.ClusterState:
+        """Return what `headrace status` shows.
+
+        Raises:
+            RuntimeError: nothing runs.
+        """
+        found = state.read(self.run_dir)
+        if found is None:
+            raise RuntimeError(f"no cluster runs in {self.run_dir}")
         return found
 
     @property
     def http(self) -> str:
         """Base URL of the OpenAI-compatible server."""
-        return str(self.status()["http"])
+        return self.state().http
 
     @property
     def grpc(self) -> str:
         """host:port of the router's gRPC server."""
-        return str(self.status()["grpc"])
+        return self.state().grpc
 
     def pid(self, name: str) -> int | None:
         """Return the process id of a service; None between its death and its restart."""
-        processes = self.status()["processes"]
-        if not isinstance(processes, list):
-            raise TypeError("status has no list of processes")
-        pid = next(process["pid"] for process in processes if process["name"] == name)
-        return None if pid is None else int(pid)
+        return next(process.pid for process in self.state().processes if process.name == name)
 
     def wait_restarted(self, name: str, old_pid: int, timeout_s: float = 30.0) -> None:
         """Wait until a killed service runs again under another process id."""
@@ -144,9 +150,10 @@ class LocalCluster:
 
     def members(self) -> dict[str, router_pb2.ClusterMember]:
         """Return the processes as the router sees them, the router itself included."""
-        with grpc.insecure_channel(self.grpc) as channel:
-            stub = router_pb2_grpc.RouterServiceStub(channel)
-            answer = stub.GetCluster(router_pb2.GetClusterRequest(), timeout=5.0)
+        if self._channel is None:
+            raise RuntimeError("the cluster was not started")
+        stub = router_pb2_grpc.RouterServiceStub(self._channel)
+        answer = stub.GetCluster(router_pb2.GetClusterRequest(), timeout=5.0)
         return {member.name: member for member in answer.members}
 
     def wait_connected(self, timeout_s: float = START_TIMEOUT_S) -> None:
@@ -209,10 +216,6 @@ class LocalCluster:
 
     def _num_disconnected(self) -> int:
         return sum(not (member.is_connected and member.load.is_ready) for member in self.members().values())
-
-    def _headrace(self, *args: str, timeout_s: float) -> "subprocess.CompletedProcess[str]":
-        command = self._command(*args)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=self._env, check=False)
 
     def _command(self, verb: str, *args: str) -> list[str]:
         return [sys.executable, "-m", "headrace.cli.main", verb, "--run-dir", str(self.run_dir), *args]

@@ -71,6 +71,10 @@ class BlockExchange:
 
         Returns:
             Leading tokens present now: the local hit, or more.
+
+        Raises:
+            BlockLost: a read did not end in time and may still write: the sequence must get other blocks.
+            Saturated: the engine's mailbox is full.
         """
         admitted = sequence.admitted
         local = admitted.num_cached_tokens // self._block_tokens
@@ -79,10 +83,15 @@ class BlockExchange:
         if self._client is None or local >= usable:
             return admitted.num_cached_tokens
         hashes, blocks = admitted.block_hashes[local:usable], admitted.block_ids[local:usable]
+        writer_id = "fetch-" + secrets.token_hex(8)
+        self._engine.hold_writer(writer_id, blocks)
         # A task of the worker, not of the request: blocks that a read is still writing to must
         # stay held when the request is cancelled.
-        reading = self._tasks.create_task(self._read(self._client, hashes, blocks))
-        return (local + await asyncio.shield(reading)) * self._block_tokens
+        reading = self._tasks.create_task(self._read(self._client, hashes, blocks, writer_id))
+        num_fetched = await asyncio.shield(reading)
+        if isinstance(num_fetched, HeadraceError):
+            raise num_fetched
+        return (local + num_fetched) * self._block_tokens
 
     def store_later(self, hashes: tuple[BlockHash, ...]) -> None:
         """Queue full blocks for the kvstore; dropped when too many wait, for it is only a cache."""
@@ -121,11 +130,14 @@ class BlockExchange:
             removed = tuple(block for block, is_there in is_present.items() if not is_there)
             await self._client.announce(stored, removed)
 
-    async def _read(self, client: KvClient, hashes: tuple[BlockHash, ...], blocks: tuple[BlockId, ...]) -> int:
-        writer_id = "fetch-" + secrets.token_hex(8)
-        self._engine.hold_writer(writer_id, blocks)
+    async def _read(
+        self, client: KvClient, hashes: tuple[BlockHash, ...], blocks: tuple[BlockId, ...], writer_id: str
+    ) -> int | HeadraceError:
+        """Return the blocks fetched, or the error: raised in a task of the worker it would end the worker."""
         try:
             return await client.fetch(hashes, blocks, self._clock.now() + self._deadline_s)
+        except HeadraceError as error:
+            return error
         finally:
             # After a deadline late data may still land: only the transport knows when it cannot.
             self._connector.when_settled(blocks, lambda: self._engine.release_writer(writer_id))

@@ -1,8 +1,11 @@
 """Settings of a worker."""
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+_QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
 class WorkerRole(Enum):
@@ -30,7 +33,8 @@ class WorkerConfig:
         host: Address the gRPC server binds.
         grpc_port: Port of the gRPC server.
         model: GGUF file or Hugging Face folder.
-        model_name: What requests call the model; None takes the name of the file or folder.
+        model_name: What requests call the model; None takes the name of the file or folder,
+            without the mark of its quantisation.
         dtype: Precision.
         device: Torch device of weights and KV.
         threads: Threads per tensor operation; 0 takes all cores.
@@ -70,3 +74,9 @@ class WorkerConfig:
     store_blocks: bool = True
     push_whole: bool = False
     exit_with_parent: bool = False
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model: as set, or the file's name without the mark of its quantisation."""
+        name = self.model.stem if self.model.suffix == ".gguf" else self.model.name
+        return self.model_name or _QUANTISATION.sub("", name)

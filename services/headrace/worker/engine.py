@@ -22,7 +22,7 @@ from headrace.engine.messages import (
     ReleaseWriter,
     Unpin,
 )
-from headrace.errors import HeadraceError, InternalError
+from headrace.errors import HeadraceError, InternalError, InvalidRequest
 
 
 class CommandPort(Protocol):
@@ -86,6 +86,7 @@ class OpenSequence:
         self.admitted: Admitted
         self._engine = engine
         self._events = events
+        self._is_closed = False
 
     async def __aenter__(self) -> "OpenSequence":
         try:
@@ -114,8 +115,10 @@ class OpenSequence:
         self._events.put(Failed(sequence_id=self.spec.sequence_id, error=error))
 
     def close(self) -> None:
-        """End the sequence in any state and let its blocks go."""
-        self._engine.send(Close(sequence_id=self.spec.sequence_id))
+        """End the sequence in any state and let its blocks go; once, for another may take its name."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._engine.close(self.spec.sequence_id)
 
 
 class AsyncEngine:
@@ -132,6 +135,7 @@ class AsyncEngine:
         self._port = port
         self._loop = loop
         self._arrived: deque[tuple[EventStream, EngineEvent]] = deque()
+        self._open: set[SequenceId] = set()
 
     def stats(self) -> EngineStats:
         """Return the engine's last snapshot."""
@@ -142,7 +146,15 @@ class AsyncEngine:
         self._port.send(command)
 
     def open(self, spec: SequenceSpec, goal: Goal) -> OpenSequence:
-        """Ask for blocks; entering the returned context waits until they are there."""
+        """Ask for blocks; entering the returned context waits until they are there.
+
+        Raises:
+            InvalidRequest: a sequence of that name is open. The engine knows sequences by name: the close of a
+                refused second one would end the first.
+            Saturated: the mailbox is full.
+        """
+        if spec.sequence_id in self._open:
+            raise InvalidRequest(f"sequence {spec.sequence_id} is open already", field="sequence_id")
         events = EventStream()
         sequence = OpenSequence(spec, self, events)
 
@@ -150,6 +162,7 @@ class AsyncEngine:
             self._deliver(events, event)
 
         self.send(Open(spec=spec, goal=goal, sink=sink))
+        self._open.add(spec.sequence_id)
         return sequence
 
     async def pin(self, lease_id: str, hashes: Sequence[BlockHash], deadline_s: float) -> tuple[BlockId, ...]:
@@ -180,6 +193,7 @@ class AsyncEngine:
 
     def close(self, sequence_id: SequenceId) -> None:
         """End a sequence by id."""
+        self._open.discard(sequence_id)
         self.send(Close(sequence_id=sequence_id))
 
     def _deliver(self, events: EventStream, event: EngineEvent) -> None:
