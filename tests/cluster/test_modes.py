@@ -13,12 +13,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 MAX_TOKENS = 32
 TEXTS = (*PROMPTS, "\n".join(PROMPTS))
 """The last one is some 250 tokens long: it is cut into chunks, and its blocks are shared."""
+SAMPLED_TEXTS = TEXTS[-8:]
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.95}
 
 
 async def ask_all(cluster: LocalCluster, concurrency: int) -> list[list[int]]:
-    """Answer every text, greedy and sampled."""
+    """Answer every text greedily, and some sampled."""
     gate = asyncio.Semaphore(concurrency)
     async with AsyncClient(cluster.grpc) as client:
 
@@ -27,7 +28,7 @@ async def ask_all(cluster: LocalCluster, concurrency: int) -> list[list[int]]:
                 answer = await client.generate(text, max_tokens=MAX_TOKENS, ignore_eos=True, **sampling)
                 return list(answer.token_ids)
 
-        asking = [ask(text, sampling) for sampling in (GREEDY, SAMPLED) for text in TEXTS]
+        asking = [*(ask(text, GREEDY) for text in TEXTS), *(ask(text, SAMPLED) for text in SAMPLED_TEXTS)]
         return list(await asyncio.gather(*asking))
 
 
@@ -55,11 +56,11 @@ def test_every_answer_has_all_its_tokens(aggregated):
     greedy, sampled = aggregated[: len(TEXTS)], aggregated[len(TEXTS) :]
     assert all(len(answer) == MAX_TOKENS for answer in aggregated)
     assert len({tuple(answer) for answer in greedy}) > len(TEXTS) // 2
-    assert sum(one != other for one, other in zip(greedy, sampled, strict=True)) > len(TEXTS) // 2
+    assert sum(one != other for one, other in zip(greedy[-8:], sampled, strict=True)) > 4
 
 
-def test_disaggregated_equals_aggregated_one_by_one(start_cluster, aggregated):
-    check(start_cluster("prefill=1,decode=1"), aggregated, concurrency=1)
+def test_disaggregated_equals_aggregated(start_cluster, aggregated):
+    check(start_cluster("prefill=1,decode=1"), aggregated, concurrency=4)
 
 
 def test_two_by_two_under_concurrency_equals_aggregated_cold_and_with_prefix_hits(start_cluster, aggregated):
