@@ -60,6 +60,13 @@ def test_greedy_takes_the_best_token_and_of_equals_the_first():
     assert choose(logits, temperature=0.0) == 7
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-30, 1e-45])
+@pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.999}])
+def test_the_lowest_temperatures_are_greedy(temperature, params):
+    logits = logits_of(1, scale=30.0)
+    assert set(draw(logits, 50, temperature=temperature, **params).tolist()) == {int(torch.argmax(logits))}
+
+
 def test_tokens_are_drawn_in_proportion_to_their_probability():
     logits = logits_of(1)
     assert_drawn_from(draw(logits), torch.softmax(logits, -1))
@@ -120,6 +127,13 @@ def test_top_p_over_a_flat_vocabulary_looks_at_all_of_it():
 def test_tokens_as_likely_as_the_last_one_kept_are_kept_too(params):
     logits = torch.zeros(200)
     assert len(draw(logits, 4000, **params).unique()) == 200
+
+
+def test_over_many_seeds_tokens_come_in_proportion_too():
+    logits = logits_of(1)
+    rows = [row(seed=seed) for seed in range(3000)]
+    drawn = torch.tensor([chosen.token_id for chosen in sample(logits.expand(3000, -1), rows)])
+    assert_drawn_from(drawn, torch.softmax(logits, -1))
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_gives_others():
@@ -241,9 +255,69 @@ def test_logits_that_are_no_numbers_still_give_a_token():
         assert 0 <= choose(torch.full((VOCAB,), math.nan), **params) < VOCAB
 
 
-def noise(count, position=0, seed=0, start=0):
-    keys = torch.tensor([noise_key(seed, 0, position)], dtype=torch.int32)
+def noise(count, position=0, seed=0, start=0, choice=0):
+    keys = torch.tensor([noise_key(seed, choice, position)], dtype=torch.int32)
     return gumbel(keys, torch.arange(start, start + count, dtype=torch.int32))[0]
+
+
+def uniform(values):
+    return torch.exp(-torch.exp(-values.to(torch.float64)))
+
+
+def noise_over(keys, token=41):
+    """The noise of one token under many keys."""
+    return gumbel(torch.tensor(keys, dtype=torch.int32), torch.tensor([token], dtype=torch.int32))[:, 0]
+
+
+def assert_flat(counts):
+    """Chi-square of equally likely cells; noise is fixed, so five deviations never flicker."""
+    counts = counts.to(torch.float64)
+    expected = counts.sum() / counts.numel()
+    assert float(((counts - expected) ** 2 / expected).sum()) < counts.numel() + 5 * math.sqrt(2 * counts.numel())
+
+
+AXES = {
+    "seeds": lambda index: noise_key(index, 0, 7),
+    "high seeds": lambda index: noise_key(index << 40, 0, 7),
+    "choices": lambda index: noise_key(3, index, 7),
+    "positions": lambda index: noise_key(3, 0, index),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("token", [0, 1, 49151])
+def test_along_every_axis_the_noise_is_gumbel_and_neighbours_are_independent(axis, token):
+    places = (uniform(noise_over([AXES[axis](index) for index in range(20_000)], token)) * 16).long().clamp(max=15)
+    assert_flat(torch.bincount(places, minlength=16))
+    assert_flat(torch.bincount(places[:-1] * 16 + places[1:], minlength=256))
+
+
+@pytest.mark.parametrize("step", [1, 2, 16, 4096])
+def test_the_noise_of_neighbouring_tokens_is_independent(step):
+    places = (uniform(noise(100_000 + step)) * 16).long().clamp(max=15)
+    assert_flat(torch.bincount(places[:-step] * 16 + places[step:], minlength=256))
+
+
+@pytest.mark.parametrize("bit", range(64))
+def test_every_bit_of_a_seed_gives_another_stream(bit):
+    ones, others = noise(2000, seed=11), noise(2000, seed=11 ^ (1 << bit))
+    assert int((ones == others).sum()) < 3
+    assert abs(float(torch.corrcoef(torch.stack([ones, others]))[0, 1])) < 5 / math.sqrt(2000)
+
+
+def test_the_hash_wraps_as_whole_numbers_of_32_bits_do():
+    def mix(word):
+        for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            word = ((word ^ word >> shift) * multiplier) % 2**32
+        return word ^ word >> 16
+
+    tokens = [0, 1, 2, 49151, 151_935, 2**31 - 1]
+    for seed in (0, 1, 2**32 - 1, 2**63, 2**64 - 1):
+        key = noise_key(seed, 1, 2)
+        found = gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32))[0]
+        words = [mix(mix(token ^ key[0] % 2**32) ^ key[1] % 2**32) % 2**31 for token in tokens]
+        wanted = torch.tensor([-math.log(-math.log1p(-(word + 0.5) / 2**31)) for word in words])
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_noise_is_gumbel():
@@ -260,13 +334,6 @@ def test_the_noise_of_neighbouring_positions_is_unrelated(step):
     ones, others = noise(50_000, position=100), noise(50_000, position=100 + step)
     correlation = torch.corrcoef(torch.stack([ones, others]))[0, 1]
     assert abs(float(correlation)) < 5 / math.sqrt(50_000)
-
-
-def test_the_noise_of_one_token_over_positions_is_gumbel_too():
-    keys = torch.tensor([noise_key(9, 0, position) for position in range(20_000)], dtype=torch.int32)
-    uniform = torch.exp(-torch.exp(-gumbel(keys, torch.tensor([41], dtype=torch.int32)).to(torch.float64)))
-    statistic = float(((torch.histc(uniform, bins=50, min=0.0, max=1.0) - 400) ** 2 / 400).sum())
-    assert statistic < 50 + 5 * math.sqrt(100)
 
 
 def test_the_noise_of_a_token_can_be_had_alone():

@@ -74,6 +74,14 @@ def engine(runner):
     )
 
 
+def assert_ends_empty(engine):
+    """Blocks that peers know of stay until Close, even at the end; then nothing is left."""
+    for name in list(engine._sequences):
+        engine.apply(Close(sequence_id=name))
+    engine._cache.ledger.verify()
+    assert (engine.stats().leased_blocks, engine.stats().num_leases) == (0, 0)
+
+
 @pytest.fixture
 def thread(engine, runner):
     thread = EngineThread(engine, WallClock())
@@ -82,6 +90,7 @@ def thread(engine, runner):
     runner.gate.set()
     thread.stop()
     assert not thread.is_alive
+    assert_ends_empty(engine)
 
 
 def open_sequence(thread, name="a", *, life_s=60.0, max_tokens=5):
