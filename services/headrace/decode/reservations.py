@@ -158,7 +158,9 @@ class Reservations:
         """
         remaining_s = (reservation.deadline_unix_ms - self._clock.unix_ms()) / 1000
         try:
-            await asyncio.wait_for(reservation.landed.wait(), max(0.0, remaining_s))
+            # Not wait_for: in Python 3.11 it swallows a cancellation that meets the result.
+            async with asyncio.timeout(max(0.0, remaining_s)):
+                await reservation.landed.wait()
         except TimeoutError:
             raise DeadlineExceeded("the prompt's KV did not arrive before the request's deadline") from None
         if reservation.first is None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from headrace.clock import Clock
@@ -9,7 +11,14 @@ from headrace.core.block import BlockId
 from headrace.core.request import SequenceSpec, Token
 from headrace.core.wire import token_to_proto
 from headrace.engine.messages import Goal, Progress, Sampled
-from headrace.errors import BlockLost, HeadraceError, PeerFailed
+from headrace.errors import (
+    BlockLost,
+    DeadlineExceeded,
+    HeadraceError,
+    InternalError,
+    InvalidRequest,
+    PeerFailed,
+)
 from headrace.prefill.policy import PushRange, next_push
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.transfer.connector import Connector
@@ -71,6 +80,8 @@ class PrefillJob:
         self._local: tuple[BlockId, ...] = ()
         self._first: Token | None = None
         self._chunks: asyncio.Queue[PushRange | None] = asyncio.Queue()
+        self._pusher: asyncio.Task[HeadraceError | None] | None = None
+        self._has_failed = False
         self._pushed_blocks = 0
         self._arrived_s = parts.clock.now()
         self._begun_s = self._arrived_s
@@ -87,23 +98,32 @@ class PrefillJob:
             self._agent = peer.pool.agent_name
             async with self._parts.engine.open(self._spec, Goal.FIRST_TOKEN) as sequence:
                 self._local = sequence.admitted.block_ids
+                self._check_lease()
                 await self._compute_and_push(sequence)
             self._parts.blocks.store_later(sequence.admitted.block_hashes)
-        except (HeadraceError, asyncio.CancelledError) as error:
-            reason = error.code if isinstance(error, HeadraceError) else "cancelled"
-            # A write that ran out of time may still land: the report waits until the transport is done.
-            self._parts.connector.when_settled(self._local, lambda: self._report_later(reason))
+        except BaseException as error:
+            self._report_when_settled(error.code if isinstance(error, HeadraceError) else "cancelled")
             raise
         return self.response
 
+    def _check_lease(self) -> None:
+        num_blocks = len(self._target.lease.block_ids)
+        if num_blocks != len(self._local):
+            raise InvalidRequest(
+                f"the lease has {num_blocks} blocks, the sequence {len(self._local)}", field="target.lease.block_ids"
+            )
+
     async def _compute_and_push(self, sequence: OpenSequence) -> None:
         # The pusher belongs to the worker: a cancelled request must not abandon a posted write.
-        pusher = self._parts.tasks.create_task(self._push_chunks(sequence))
+        self._pusher = self._parts.tasks.create_task(self._push_chunks(sequence))
         try:
             await self._compute(sequence)
+        except BaseException:
+            self._has_failed = True
+            raise
         finally:
             self._chunks.put_nowait(None)
-            failure = await _settle(pusher)
+            failure = await _settle(self._pusher)
         if failure is not None:
             raise failure
         await self._commit()
@@ -137,14 +157,26 @@ class PrefillJob:
 
     async def _push_chunks(self, sequence: OpenSequence) -> HeadraceError | None:
         """Write queued ranges until told to stop; a failure fails the sequence and is returned."""
+        error: HeadraceError
         try:
-            await self._begin_write()
-            while (push := await self._chunks.get()) is not None:
-                await self._push(push, sequence.admitted.block_ids)
-        except HeadraceError as error:
-            sequence.fail(error)
-            return error
-        return None
+            with self._peer_to_blame():
+                await self._begin_write()
+                await self._push_queued(sequence)
+        except HeadraceError as failure:
+            error = failure
+        except Exception:  # noqa: BLE001 a bug in one request must not end the worker's task group
+            logger.exception("push failed", extra={"sequence_id": self._spec.sequence_id})
+            error = InternalError("the prefill worker failed to push this prompt; its log has the cause")
+        else:
+            return None
+        sequence.fail(error)
+        return error
+
+    async def _push_queued(self, sequence: OpenSequence) -> None:
+        while (push := await self._chunks.get()) is not None:
+            if self._has_failed:
+                return
+            await self._push(push, sequence.admitted.block_ids)
 
     async def _begin_write(self) -> None:
         lease = self._target.lease
@@ -160,7 +192,7 @@ class PrefillJob:
         try:
             await self._parts.connector.write(self._agent, blocks, remote, self._deadline_s())
         except PeerFailed:
-            await self._parts.peers.forget(self._target.address)
+            await self._parts.peers.forget(self._target.address, self._target.lease.epoch)
             raise
         self._pushed_blocks += len(blocks)
 
@@ -173,7 +205,30 @@ class PrefillJob:
         self.response.pushed_bytes = self._pushed_blocks * parts.block_bytes
         cached = self.response.local_cached_tokens + self.response.fetched_tokens
         first = decode_pb2.FirstToken(event=token_to_proto(self._first), cached_tokens=cached)
-        await self._send_commit(decode_pb2.CommitPrefillRequest(first_token=first))
+        with self._peer_to_blame():
+            await self._send_commit(decode_pb2.CommitPrefillRequest(first_token=first))
+
+    @contextmanager
+    def _peer_to_blame(self) -> Iterator[None]:
+        """Turn an end of our patience into the peer's failure: while the request has time, another can serve it."""
+        try:
+            yield
+        except DeadlineExceeded as error:
+            if self._remaining_s() <= 0:
+                raise
+            address = self._target.address
+            raise PeerFailed(f"the decode worker at {address} did not answer in time", worker=address) from error
+
+    def _report_when_settled(self, reason: str) -> None:
+        """Report once this job writes no more: a write that ran out of time may still land."""
+
+        def report_when_landed(_: object = None) -> None:
+            self._parts.connector.when_settled(self._local, lambda: self._report_later(reason))
+
+        if self._pusher is None or self._pusher.done():
+            report_when_landed()
+        else:
+            self._pusher.add_done_callback(report_when_landed)
 
     def _report_later(self, reason: str) -> None:
         self._parts.tasks.create_task(self._report_failure(reason))
@@ -201,8 +256,10 @@ class PrefillJob:
         self.response.queue_us = int((self._begun_s - self._arrived_s) * 1e6)
 
     def _deadline_s(self) -> float:
-        remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
-        return self._parts.clock.now() + min(remaining_s, self._parts.transfer_deadline_s)
+        return self._parts.clock.now() + min(self._remaining_s(), self._parts.transfer_deadline_s)
+
+    def _remaining_s(self) -> float:
+        return (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
 
 
 async def _settle(pusher: "asyncio.Task[HeadraceError | None]") -> HeadraceError | None:

@@ -139,6 +139,8 @@ class LiveRequests:
         finally:
             for task in choices:
                 task.cancel()
+            # Who closes this may count on it: nothing of the request runs in the router any more.
+            await asyncio.wait(choices)
 
     async def _run_choice(
         self, request: GenerationRequest, choice: int, arrived: "asyncio.Queue[tuple[Piece, int] | HeadraceError]"

@@ -3,20 +3,32 @@
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from headrace.clock import Clock
-from headrace.core.block import block_hashes, root_hash
+from headrace.core.block import BlockHash, block_hashes, root_hash
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.core.wire import spec_to_proto, token_from_proto
-from headrace.errors import BlockLost, Cancelled, DeadlineExceeded, HeadraceError, NotReady, PeerFailed, PeerMismatch
+from headrace.errors import (
+    BlockLost,
+    Cancelled,
+    DeadlineExceeded,
+    HeadraceError,
+    InternalError,
+    NotReady,
+    PeerFailed,
+    PeerMismatch,
+)
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
-from headrace.router.workers import WorkerTable
+from headrace.router.workers import Worker, WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.v1 import decode_pb2, decode_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 2.0
 MATCH_TIMEOUT_S = 0.2
@@ -67,7 +79,9 @@ class SequenceRun:
         self._parts = parts
         self._spec = spec
         self._output: list[int] = list(spec.output)
-        self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
+        self._hashes: tuple[BlockHash, ...] = ()
+        if parts.kvstore is not None:
+            self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
         self._block_tokens = block_tokens
         self._excluded: set[str] = set()
         self._prefill_failure: HeadraceError | None = None
@@ -100,9 +114,9 @@ class SequenceRun:
         name = SequenceId(f"{self._spec.sequence_id}.{secrets.token_hex(4)}")
         spec = dataclasses.replace(self._spec, sequence_id=name, output=tuple(self._output))
         route = await self._choose(spec)
-        self._reserve(route, spec)
         self._prefill_failure = None
         try:
+            self._reserve(route, spec)
             async with aclosing(self._decode(route, spec)) as batches:
                 async for batch in batches:
                     yield batch
@@ -112,6 +126,8 @@ class SequenceRun:
                 self._parts.table.release(route.prefill, spec.sequence_id)
 
     async def _choose(self, spec: SequenceSpec) -> Route:
+        # Asked first: between the look at the loads and the reservation nobody else may choose.
+        cached_tokens = await self._cached_tokens()
         views = [worker.view() for worker in self._parts.table.usable()]
         excluded = frozenset(self._excluded)
         if excluded.issuperset(view.name for view in views):
@@ -120,7 +136,7 @@ class SequenceRun:
         facts = RouteInput(
             key=spec.sequence_id,
             num_tokens=len(spec.tokens),
-            cached_tokens=await self._cached_tokens(),
+            cached_tokens=cached_tokens,
             excluded=excluded,
         )
         return choose_route(views, facts)
@@ -154,57 +170,76 @@ class SequenceRun:
             async with translate_errors(worker.address):
                 async for response in call:
                     if response.HasField("reservation"):
-                        prefill = self._start_prefill(route.prefill or "", spec, response.reservation, call.cancel)
+                        prefill = self._start_prefill(route, spec, response.reservation, call.cancel)
                     else:
                         yield _batch(response.tokens)
-        except Cancelled:
-            if self._prefill_failure is not None:
-                raise self._prefill_failure from None
-            raise
-        except PeerFailed as error:
-            if self._is_dead(route.decode, error):
-                self._excluded.add(route.decode)
-                self._parts.table.suspect(route.decode)
-            raise
+        except HeadraceError as error:
+            raise self._decode_failure(worker, error) from None
         finally:
             call.cancel()
             if prefill is not None:
                 prefill.cancel()
 
+    def _decode_failure(self, worker: Worker, error: HeadraceError) -> HeadraceError:
+        """Return why a decode call failed, and take note of who is to be avoided."""
+        if self._prefill_failure is not None:
+            # The call was cancelled here; what its end looks like means nothing.
+            return self._prefill_failure
+        if isinstance(error, Cancelled):
+            # Nobody here cancelled it: the worker is leaving and gave its calls up.
+            error = PeerFailed(f"{worker.name} left during the call", worker=worker.address)
+        if isinstance(error, PeerFailed) and _is_dead(worker, error):
+            self._avoid(worker.name)
+        return error
+
+    def _avoid(self, name: str) -> None:
+        self._excluded.add(name)
+        self._parts.table.suspect(name)
+
     def _start_prefill(
-        self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget, cancel_decode: Callable[[], object]
+        self,
+        route: Route,
+        spec: SequenceSpec,
+        target: prefill_pb2.PrefillTarget,
+        cancel_decode: Callable[[], object],
     ) -> "asyncio.Task[None]":
         async def prefill_or_cancel() -> None:
             try:
-                await self._prefill(name, spec, target)
+                await self._prefill(route, spec, target)
             except HeadraceError as error:
                 self._prefill_failure = error
+                cancel_decode()
+            except Exception:  # noqa: BLE001 a bug in one request must not end the router's task group
+                logger.exception("prefill failed", extra={"sequence_id": spec.sequence_id})
+                self._prefill_failure = InternalError("the router failed on this request; its log has the cause")
                 cancel_decode()
 
         return self._parts.tasks.create_task(prefill_or_cancel())
 
-    async def _prefill(self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
+    async def _prefill(self, route: Route, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
         """Have the prompt computed; when a prefill worker fails, another fills the same reservation."""
-        while True:
+        name = route.prefill
+        while name is not None:
+            worker = self._parts.table.by_name(name)
             try:
-                await self._prefill_once(name, spec, target)
+                await self._prefill_once(worker, spec, target)
                 return
             except (PeerFailed, NotReady) as error:
-                if not isinstance(error, NotReady) and not self._is_dead(name, error):
-                    raise  # The prefill worker lives and says that the decode worker does not.
-                self._excluded.add(name)
-                self._parts.table.suspect(name)
-                views = [worker.view() for worker in self._parts.table.usable()]
-                facts = RouteInput(
-                    key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=frozenset(self._excluded)
-                )
-                successor = choose_prefill(views, facts)
-                if successor is None:
-                    raise error
-                name = successor
+                if not isinstance(error, NotReady) and not _is_dead(worker, error):
+                    # The prefill worker lives and says that it cannot reach the decode worker.
+                    self._excluded.add(route.decode)
+                    raise
+                self._avoid(name)
+                name = self._successor(spec)
+                if name is None:
+                    raise
 
-    async def _prefill_once(self, name: str, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
-        worker = self._parts.table.by_name(name)
+    def _successor(self, spec: SequenceSpec) -> str | None:
+        views = [worker.view() for worker in self._parts.table.usable()]
+        facts = RouteInput(key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=frozenset(self._excluded))
+        return choose_prefill(views, facts)
+
+    async def _prefill_once(self, worker: Worker, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
         stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
         request = prefill_pb2.PrefillRequest(
             sequence=spec_to_proto(spec), target=target, writer_id=secrets.token_hex(16)
@@ -212,13 +247,17 @@ class SequenceRun:
         try:
             async with translate_errors(worker.address):
                 await stub.Prefill(request, timeout=self._remaining_s())
+        except Cancelled:
+            # The worker is leaving; it reports the end of its writes itself.
+            raise NotReady(f"{worker.name} left during the call") from None
         except PeerFailed as error:
-            if self._is_dead(name, error):
-                # A dead worker cannot report its own end; its writes ended with it.
-                await self._end_writer(target, request.writer_id)
+            if _is_dead(worker, error):
+                # A dead worker cannot report its own end; its writes ended with it. In a task of its own:
+                # a request that is cancelled now must not leave the writer to the clock.
+                await asyncio.shield(self._parts.tasks.create_task(self._end_writer(target, request.writer_id)))
             raise
         finally:
-            self._parts.table.release(name, spec.sequence_id)
+            self._parts.table.release(worker.name, spec.sequence_id)
 
     async def _end_writer(self, target: prefill_pb2.PrefillTarget, writer_id: str) -> None:
         commit = decode_pb2.CommitPrefillRequest(
@@ -229,15 +268,16 @@ class SequenceRun:
             async with translate_errors(target.address):
                 await stub.CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
 
-    def _is_dead(self, name: str, error: HeadraceError) -> bool:
-        """Return whether the connection itself failed; a living worker signs its errors with its name."""
-        return error.worker != name
-
     def _remaining_s(self) -> float:
         remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
         if remaining_s <= 0:
             raise DeadlineExceeded("the request's deadline passed before it could be sent on")
         return remaining_s
+
+
+def _is_dead(worker: Worker, error: HeadraceError) -> bool:
+    """Return whether the connection to a worker failed; errors that it sends name it, or whom it could not reach."""
+    return error.worker == worker.address
 
 
 def _batch(message: decode_pb2.TokenEvents) -> TokenBatch:

@@ -164,7 +164,9 @@ class WorkerTable:
         stream = aiter(reports)
         while True:
             try:
-                report = await asyncio.wait_for(anext(stream), self._report_timeout_s)
+                # Not wait_for: in Python 3.11 it swallows a cancellation that meets a result.
+                async with asyncio.timeout(self._report_timeout_s):
+                    report = await anext(stream)
             except (TimeoutError, StopAsyncIteration):
                 raise PeerFailed(f"no report from {member.address}") from None
             self._note(member, report.load)

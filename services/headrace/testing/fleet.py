@@ -85,8 +85,9 @@ class ArenaRunner(FakeRunner):
 class TappedPort:
     """Stands before an engine's thread and tells of every command and event."""
 
-    def __init__(self, thread: EngineThread, tick: Tick) -> None:
+    def __init__(self, thread: EngineThread, name: str, tick: Tick) -> None:
         self._thread = thread
+        self._name = name
         self._tick = tick
 
     def stats(self) -> EngineStats:
@@ -95,13 +96,13 @@ class TappedPort:
 
     def send(self, command: EngineCommand) -> None:
         """Pass a command on."""
-        self._tick(type(command).__name__)
+        self._tick(f"{self._name} {type(command).__name__}")
         if isinstance(command, Open):
             sink = command.sink
 
             def tapped(event: EngineEvent) -> None:
-                self._tick(type(event).__name__)
                 sink(event)
+                self._tick(f"{self._name} {type(event).__name__}")
 
             command = Open(spec=command.spec, goal=command.goal, sink=tapped)
         self._thread.send(command)
@@ -130,7 +131,7 @@ class FleetWorker:
     """
 
     def __init__(self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane, num_blocks: int) -> None:
-        self.name, self.role, self.lane = name, role, lane
+        self.name, self.role, self.lane, self.num_blocks = name, role, lane, num_blocks
         self.epoch = f"{name}-{fleet.next_epoch()}"
         self._fabric, clock, tasks = fleet.fabric, fleet.clock, fleet.tasks
         self.runner = ArenaRunner(num_blocks)
@@ -146,9 +147,9 @@ class FleetWorker:
             ),
             clock,
         )
-        self.engine = AsyncEngine(TappedPort(self.thread, fleet.tick), asyncio.get_running_loop())
+        self.engine = AsyncEngine(TappedPort(self.thread, name, fleet.tick), asyncio.get_running_loop())
         self.connector = TappedConnector(fleet.fabric, self.epoch, self.runner.blocks, self.epoch, clock)
-        self.connector.tick = fleet.tick
+        self.connector.tick = lambda what: fleet.tick(f"{name} {what}")
         self.config = WorkerConfig(name=name, role=role, model=Path("fake"))
         self._parts = MemberParts(
             config=self.config,
@@ -295,6 +296,37 @@ class Fleet:
             self._follows[address] = self.tasks.create_task(self.table.follow(address))
         await self.until(lambda: len(self.table.usable()) == len(addresses), "workers not met")
 
+    async def revive(self, name: str) -> None:
+        """Start a killed worker anew, at its address."""
+        old = self.workers[name]
+        self.workers[name] = FleetWorker(self, name, old.role, old.lane, old.num_blocks)
+        await self.workers[name].start()
+        await old.lane.restore(self.workers[name].server.port)
+
+    def hold_at(self, what: str, count: int) -> asyncio.Event:
+        """Stop a worker's engine before its next step when something has happened there so often.
+
+        Args:
+            what: Name of the worker and of a command or event, as in "d0 Sampled".
+            count: How often.
+
+        Returns:
+            Set when it has happened.
+        """
+        happened, loop = asyncio.Event(), asyncio.get_running_loop()
+        seen: list[str] = []
+        runner = self.workers[what.partition(" ")[0]].runner
+
+        def look(tick: str) -> None:
+            if tick == what:
+                seen.append(tick)
+                if len(seen) == count:
+                    runner.gate.clear()
+                    loop.call_soon_threadsafe(happened.set)
+
+        self.on_tick = look
+        return happened
+
     async def stop(self) -> None:
         """End everything."""
         for follow in self._follows.values():
@@ -360,7 +392,13 @@ class Fleet:
 
 @asynccontextmanager
 async def open_fleet(
-    folder: Path, roles: dict[str, WorkerRole], *, kvstore: bool = False, max_live: int = 256, num_blocks: int = 64
+    folder: Path,
+    roles: dict[str, WorkerRole],
+    *,
+    kvstore: bool = False,
+    max_live: int = 256,
+    num_blocks: int = 64,
+    transfer_deadline_s: float = 5.0,
 ) -> AsyncIterator[Fleet]:
     """Serve a cluster on loopback until the block ends.
 
@@ -370,9 +408,11 @@ async def open_fleet(
         kvstore: Whether there is a kvstore.
         max_live: Admission bound of the router.
         num_blocks: Size of each worker's pool.
+        transfer_deadline_s: Patience of a push.
     """
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
         fleet = Fleet(stack, tasks, WallClock())
+        fleet.transfer_deadline_s = transfer_deadline_s
         if kvstore:
             config = KvStoreConfig(memory_bytes=1 << 20)
             parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.worker_channels)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from headrace.errors import PeerFailed
+from headrace.errors import DeadlineExceeded, PeerFailed
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.runtime.cluster import check_peer
 from headrace.transfer.connector import Connector
@@ -58,8 +58,7 @@ class Peers:
             peer = await self.handshake(address)
             if epoch is not None and peer.epoch != epoch:
                 raise PeerFailed(f"peer at {address} was restarted: wanted epoch {epoch}, found {peer.epoch}")
-            if known is not None and known.HasField("pool"):
-                await self._connector.remove_peer(known.pool.agent_name)
+            await self._drop(address)
             if peer.HasField("pool"):
                 await self._connector.add_peer(pool_from_proto(peer.pool))
             self._known[address] = peer
@@ -69,13 +68,31 @@ class Peers:
     async def handshake(self, address: str) -> cluster_pb2.HandshakeResponse:
         """Introduce this process and check what answers."""
         stub = cluster_pb2_grpc.ClusterServiceStub(self._channels.get(address))
-        async with translate_errors(address):
-            peer = await stub.Handshake(self._introduce(), timeout=HANDSHAKE_TIMEOUT_S)
+        try:
+            async with translate_errors(address):
+                peer = await stub.Handshake(self._introduce(), timeout=HANDSHAKE_TIMEOUT_S)
+        except DeadlineExceeded:
+            # Our own patience, not a request's deadline: the request may still be served elsewhere.
+            raise PeerFailed(f"{address} did not answer within {HANDSHAKE_TIMEOUT_S} s", worker=address) from None
         check_peer(peer, self._fingerprint)
         return peer
 
-    async def forget(self, address: str) -> None:
-        """Drop a peer whose process is gone; the next `ensure` meets it anew."""
+    async def forget(self, address: str, epoch: str | None = None) -> None:
+        """Drop a peer whose process is gone; the next `ensure` meets it anew.
+
+        Args:
+            address: host:port of its gRPC server.
+            epoch: The lifetime that is over; a peer met since is kept. None drops whichever is known.
+        """
+        lock = self._locks.setdefault(address, asyncio.Lock())
+        if lock.locked():
+            return  # It is being met anew.
+        async with lock:
+            known = self._known.get(address)
+            if known is not None and epoch in (None, known.epoch):
+                await self._drop(address)
+
+    async def _drop(self, address: str) -> None:
         known = self._known.pop(address, None)
         if known is not None and known.HasField("pool"):
             await self._connector.remove_peer(known.pool.agent_name)

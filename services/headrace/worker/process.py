@@ -10,7 +10,7 @@ from headrace.core.request import PROTOCOL_VERSION, SamplingParams, SequenceId, 
 from headrace.core.wire import layout_to_proto
 from headrace.engine.batch import Runner
 from headrace.engine.messages import EngineStats, Goal, Sampled
-from headrace.errors import HeadraceError, PeerFailed
+from headrace.errors import HeadraceError
 from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import num_fds, num_tasks
 from headrace.transfer.connector import Connector, PoolDescriptor
@@ -179,7 +179,8 @@ class WorkerMember:
                 try:
                     await self._peers.ensure(address)
                     break
-                except PeerFailed:
+                except HeadraceError as error:
+                    logger.info("peer not met", extra={"address": address, "error": error.code})
                     await asyncio.sleep(PEER_RETRY_S)
 
     async def _try_canary(self) -> str:

@@ -1,0 +1,264 @@
+"""A sequence through real servicers, engines and gRPC: the same tokens whatever happens to its workers."""
+
+import asyncio
+
+import pytest
+
+from headrace.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotReady, PeerFailed
+from headrace.testing.fleet import open_fleet
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+GREEDY = {"temperature": 0.0}
+
+
+def ids(tokens):
+    return [token.token_id for token in tokens]
+
+
+async def expected(folder, roles, prompts, **sampling):
+    """Return what one hybrid worker answers, one prompt after the other."""
+    async with open_fleet(folder, roles("h0")) as fleet:
+        return [ids(await fleet.tokens(fleet.spec(prompt, **sampling))) for prompt in prompts]
+
+
+def check(tokens, answer):
+    assert ids(tokens) == answer
+    assert [token.cursor for token in tokens] == list(range(len(answer)))
+    assert [token.finish is not None for token in tokens] == [False] * (len(answer) - 1) + [True]
+
+
+@pytest.mark.parametrize("workers", ["h0", "p0 d0", "p0 p1 d0 d1", "h0 d0"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "seeded"])
+async def test_every_mode_gives_the_tokens_of_one_worker(tmp_path, roles, prompt_of, workers, sampling):
+    prompts = [prompt_of(seed, 1 + 5 * seed) for seed in range(8)] + [prompt_of(3, 9), prompt_of(7, 36)]
+    answers = await expected(tmp_path, roles, prompts, max_tokens=9, **sampling)
+    async with open_fleet(tmp_path, roles(workers), num_blocks=96) as fleet:
+        specs = [fleet.spec(prompt, max_tokens=9, **sampling) for prompt in prompts]
+        for tokens, answer in zip(await asyncio.gather(*map(fleet.tokens, specs)), answers, strict=True):
+            check(tokens, answer)
+        await fleet.at_rest()
+        assert max(len(batch.items) for worker in fleet.workers.values() for batch in worker.runner.batches) > 1
+
+
+async def test_more_sequences_than_blocks_wait_for_each_other(tmp_path, roles, prompt_of):
+    prompts = [prompt_of(seed, 30) for seed in range(10)]
+    answers = await expected(tmp_path, roles, prompts, max_tokens=20)
+    async with open_fleet(tmp_path, roles("p0 d0"), num_blocks=24) as fleet:
+        specs = [fleet.spec(prompt, max_tokens=20) for prompt in prompts]
+        for tokens, answer in zip(await asyncio.gather(*map(fleet.tokens, specs)), answers, strict=True):
+            check(tokens, answer)
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize(("workers", "victim"), [("p0 d0 d1", "d"), ("h0 h1", "h"), ("p0 d0", "d")])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "seeded"])
+async def test_a_decode_worker_that_dies_costs_no_token(
+    tmp_path, roles, prompt_of, workers, victim, num_tokens, sampling
+):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 22)], max_tokens=12, **sampling)
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        held = [fleet.hold_at(f"{name} Sampled", num_tokens) for name in fleet.workers if name.startswith(victim)]
+        looks = []
+
+        def look(tick):
+            for each in looks:
+                each(tick)
+
+        held = []
+        for name in [name for name in fleet.workers if name.startswith(victim)]:
+            held.append((name, fleet.hold_at(f"{name} Sampled", num_tokens)))
+            looks.append(fleet.on_tick)
+        fleet.on_tick = look
+        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 22), max_tokens=12, **sampling)))
+        await fleet.until(lambda: any(event.is_set() for _, event in held), "nobody generates")
+        [name] = [name for name, event in held if event.is_set()]
+        fleet.on_tick = lambda _: None
+        await fleet.workers.pop(name).kill()
+        check(await asking, answer)
+        await fleet.at_rest()
+
+
+async def test_a_prefill_worker_that_dies_is_succeeded_in_the_same_reservation(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
+        ticks = []
+        fleet.table.reserve("p1", "other", 10_000)  # So that p0 is chosen first.
+        fleet.table._note = lambda member, load: None
+        held = fleet.hold_at("p0 Progress", 2)
+        look = fleet.on_tick
+        fleet.on_tick = lambda tick: (ticks.append(tick), look(tick))
+        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 40))))
+        await held.wait()
+        await fleet.until(lambda: fleet.workers["d0"].reservations.num_writers(), "p0 never wrote")
+        await fleet.workers.pop("p0").kill()
+        check(await asking, answer)
+        assert ticks.count("d0 Open") == 1
+        assert ticks.count("d0 HoldWriter") == 2
+        await fleet.at_rest()
+
+
+async def test_the_decode_worker_computes_the_prompt_when_no_prefill_worker_is_left(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        held = fleet.hold_at("p0 Progress", 2)
+        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 40))))
+        await held.wait()
+        await fleet.workers.pop("p0").kill()
+        check(await asking, answer)
+        await fleet.at_rest()
+
+
+async def test_a_failed_prefill_does_not_put_its_decode_worker_under_suspicion(tmp_path, roles, prompt_of):
+    """The router cancels the decode call itself then; that must not look like the death of its worker."""
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        suspected = []
+        suspect = fleet.table.suspect
+        fleet.table.suspect = lambda name: (suspected.append(name), suspect(name))
+        held = fleet.hold_at("p0 Progress", 1)
+        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 40))))
+        await held.wait()
+        await fleet.workers.pop("p0").kill()
+        await asking
+        assert suspected == ["p0"]
+
+
+async def test_the_error_of_a_failed_prefill_is_the_error_of_the_sequence(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        fleet.workers["p0"].runner.failure = ValueError("a bug in the model")
+        with pytest.raises(Exception, match="the engine failed on this step") as caught:
+            await fleet.tokens(fleet.spec(prompt_of(1, 20)))
+        assert (caught.value.code, caught.value.worker) == ("internal", "p0")
+        await fleet.at_rest()
+        assert len(await fleet.tokens(fleet.spec(prompt_of(1, 20)))) == 8
+
+
+async def test_a_dead_decode_worker_is_not_blamed_on_the_prefill_worker(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 d0 d1")) as fleet:
+        suspected = []
+        suspect = fleet.table.suspect
+        fleet.table.suspect = lambda name: (suspected.append(name), suspect(name))
+        held = fleet.hold_at("p0 Progress", 2)
+        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 40))))
+        await held.wait()
+        [victim] = [name for name in ("d0", "d1") if fleet.workers[name].engine.stats().leased_blocks]
+        await fleet.workers.pop(victim).kill()
+        fleet.workers["p0"].runner.gate.set()
+        check(await asking, answer)
+        assert "p0" not in suspected
+        await fleet.at_rest()
+
+
+async def test_a_transfer_that_does_not_move_sends_the_sequence_elsewhere(tmp_path, roles, prompt_of):
+    """The request has time left: the end of the transport's patience is not the request's deadline."""
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 d0"), transfer_deadline_s=0.05) as fleet:
+        stalled = fleet.workers["d0"].epoch
+        fleet.fabric.stall(stalled)
+        check(await fleet.tokens(fleet.spec(prompt_of(1, 40))), answer)
+        assert fleet.workers["d0"].reservations.num_writers(), "late data may still land in d0"
+        assert "leased" in fleet.workers["d0"].left()
+        fleet.fabric.resume(stalled)
+        await fleet.at_rest()
+
+
+async def test_a_worker_that_gives_its_calls_up_to_leave_hands_its_sequences_over(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 22)], max_tokens=12)
+    for workers, victim, what in (("h0 h1", "h", "Sampled"), ("p0 p1 d0", "p", "Progress")):
+        async with open_fleet(tmp_path, roles(workers)) as fleet:
+            names = [name for name in fleet.workers if name.startswith(victim)]
+            fleet.table.reserve(names[1], "other", 10_000)
+            fleet.table._note = lambda member, load: None
+            held = fleet.hold_at(f"{names[0]} {what}", 2)
+            asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 22), max_tokens=12)))
+            await held.wait()
+            leaving = fleet.workers[names[0]]
+            assert await leaving.server.drain(0.01) == 1
+            leaving.runner.gate.set()
+            await leaving.server.stop()
+            check(await asking, answer)
+            await fleet.at_rest()
+
+
+async def test_new_work_that_a_leaving_worker_refuses_goes_elsewhere(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 22)])
+    async with open_fleet(tmp_path, roles("p0 p1 d0 d1")) as fleet:
+        await fleet.workers["p0"].server.drain(0.01)
+        await fleet.workers["d0"].server.drain(0.01)
+        for _ in range(4):
+            check(await fleet.tokens(fleet.spec(prompt_of(1, 22))), answer)
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("workers", "what"),
+    [("p0 d0", "p0 Progress"), ("p0 d0", "d0 Sampled"), ("h0", "h0 Progress"), ("h0", "h0 Sampled")],
+)
+async def test_the_deadline_ends_a_sequence_at_every_stage(tmp_path, roles, prompt_of, workers, what):
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        held = fleet.hold_at(what, 1)
+        with pytest.raises(DeadlineExceeded):
+            await fleet.tokens(fleet.spec(prompt_of(1, 40), timeout_s=0.3, max_tokens=50))
+        assert held.is_set()
+        for worker in fleet.workers.values():
+            worker.runner.gate.set()
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize("workers", ["p0 d0", "h0"])
+async def test_the_deadline_ends_a_sequence_that_waits_for_blocks(tmp_path, roles, prompt_of, workers):
+    async with open_fleet(tmp_path, roles(workers), num_blocks=16) as fleet:
+        name = workers.split()[-1]
+        held = fleet.hold_at(f"{name} Sampled", 1)
+        long = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 50), max_tokens=4)))
+        await held.wait()
+        with pytest.raises(DeadlineExceeded):
+            await fleet.tokens(fleet.spec(prompt_of(2, 50), timeout_s=0.3))
+        fleet.workers[name].runner.gate.set()
+        assert len(await long) == 4
+        await fleet.at_rest()
+
+
+async def test_a_deadline_that_has_passed_reaches_no_worker(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        ticks = []
+        fleet.on_tick = ticks.append
+        with pytest.raises(DeadlineExceeded):
+            await fleet.tokens(fleet.spec(prompt_of(1, 4), timeout_s=-1.0))
+        assert ticks == []
+
+
+async def test_what_the_client_did_wrong_is_not_tried_elsewhere(tmp_path, roles):
+    async with open_fleet(tmp_path, roles("h0 h1")) as fleet:
+        ticks = []
+        fleet.on_tick = ticks.append
+        with pytest.raises(InvalidRequest):
+            await fleet.tokens(fleet.spec([10**6]))
+        assert [tick for tick in ticks if tick.endswith("Open")] == [ticks[0]]
+
+
+async def test_a_cluster_without_workers_is_not_ready(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        await fleet.workers.pop("h0").kill()
+        with pytest.raises((NotReady, PeerFailed)) as caught:
+            await fleet.tokens(fleet.spec(prompt_of(1, 4)))
+        assert not isinstance(caught.value, Cancelled)
+
+
+async def test_a_reborn_worker_serves_again(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 22)])
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        for name in ("d0", "p0"):
+            check(await fleet.tokens(fleet.spec(prompt_of(1, 22))), answer)
+            await fleet.workers[name].kill()
+            await fleet.until(lambda: len(fleet.table.usable()) == 1, "not noticed")
+            await fleet.revive(name)
+            await fleet.until(lambda: len(fleet.table.usable()) == 2, "not met again")
+            ticks = []
+            fleet.on_tick = ticks.append
+            check(await fleet.tokens(fleet.spec(prompt_of(2 if name == "d0" else 3, 22))), ids([])) if False else None
+            tokens = await fleet.tokens(fleet.spec(prompt_of(1, 22)))
+            check(tokens, answer)
+            await fleet.at_rest()
+            assert "d0 HoldWriter" in ticks
