@@ -188,7 +188,7 @@ class SequenceRun:
         if isinstance(error, Cancelled):
             # Nobody here cancelled it: the worker is leaving and gave its calls up.
             error = PeerFailed(f"{worker.name} left during the call", worker=worker.address)
-        if isinstance(error, PeerFailed) and _is_dead(worker, error):
+        if isinstance(error, NotReady) or (isinstance(error, PeerFailed) and _is_dead(worker, error)):
             self._avoid(worker.name)
         return error
 
