@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
+from headrace.clock import VirtualClock
 from headrace.core.block import BlockHash, block_hashes, root_hash
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.messages import Admitted, CacheChange, EngineStats, HoldWriter, Pin, ReleaseWriter, Unpin
 from headrace.errors import BlockLost, PeerFailed, Saturated
-from headrace.clock import VirtualClock
 from headrace.transfer.quarantine import Quarantine
 from headrace.worker.blocks import MAX_QUEUED_STORES, BlockExchange, ExchangeParts
 from headrace.worker.engine import AsyncEngine, EventStream, OpenSequence
@@ -90,7 +90,10 @@ class Desk:
         sequence = OpenSequence(spec, self.engine, EventStream())
         table = tuple(range(-(-num_tokens // 4)))
         sequence.admitted = Admitted(
-            sequence_id=spec.sequence_id, block_ids=table, num_cached_tokens=cached, block_hashes=HASHES[: num_tokens // 4]
+            sequence_id=spec.sequence_id,
+            block_ids=table,
+            num_cached_tokens=cached,
+            block_hashes=HASHES[: num_tokens // 4],
         )
         return sequence
 

@@ -153,11 +153,8 @@ async def test_a_begin_that_finds_the_mailbox_full_closes_the_sequence(engine, p
     port.refused = Begin
     sequence = await enter(engine, port)
     with pytest.raises(Saturated):
-        async with asyncio.timeout(1):
-            try:
-                sequence.begin(0)
-            finally:
-                await sequence.__aexit__()
+        sequence.begin(0)
+    await sequence.__aexit__()
     assert port.sent(Close) == [Close(sequence_id=NAME)]
 
 

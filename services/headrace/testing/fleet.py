@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,10 @@ class ArenaRunner(FakeRunner):
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_blocks, block_tokens=BLOCK_TOKENS, vocab_size=VOCAB_SIZE)
-        words = np.full((num_blocks, 2, BLOCK_TOKENS), 2**64 - 1, dtype=np.uint64)
-        self._tokens, self._positions = words[:, 0], words[:, 1]
-        self.blocks = words.reshape(num_blocks, -1).view(np.uint8)
+        # As large as the layout says, for that is what the kvstore makes room for.
+        words = np.full((num_blocks, self.layout.block_bytes // 8), 2**64 - 1, dtype=np.uint64)
+        self._tokens, self._positions = words[:, :BLOCK_TOKENS], words[:, BLOCK_TOKENS : 2 * BLOCK_TOKENS]
+        self.blocks = words.view(np.uint8)
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -130,8 +132,9 @@ class FleetWorker:
         lane: Cut it and the worker looks killed.
     """
 
-    def __init__(self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane, num_blocks: int) -> None:
-        self.name, self.role, self.lane, self.num_blocks = name, role, lane, num_blocks
+    def __init__(self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane) -> None:
+        self.name, self.role, self.lane = name, role, lane
+        num_blocks = fleet.shape.num_blocks
         self.epoch = f"{name}-{fleet.next_epoch()}"
         self._fabric, clock, tasks = fleet.fabric, fleet.clock, fleet.tasks
         self.runner = ArenaRunner(num_blocks)
@@ -193,7 +196,7 @@ class FleetWorker:
             tasks=fleet.tasks,
             block_tokens=BLOCK_TOKENS,
             block_bytes=self.runner.blocks.shape[1],
-            transfer_deadline_s=fleet.transfer_deadline_s,
+            transfer_deadline_s=fleet.shape.transfer_deadline_s,
             push_whole=False,
         )
 
@@ -205,6 +208,7 @@ class FleetWorker:
         self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         self.server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(self.prefill))
         await self.server.start()
+        self.lane.address = self.lane.address or self.server.address
         self.lane.connect(self.server.port)
         self.thread.start()
 
@@ -236,6 +240,27 @@ class FleetWorker:
         return ", ".join(f"{self.name} {name}={count}" for name, count in held.items() if count)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetShape:
+    """What a fleet is like.
+
+    Attributes:
+        kvstore: Whether there is a kvstore.
+        max_live: Admission bound of the router.
+        num_blocks: Size of each worker's pool.
+        transfer_deadline_s: Patience of a push.
+        canary_interval_s: Longest age of the router's last token before it sends a canary.
+        direct: Whether clients reach workers without a lane between, for measurements; such workers cannot be cut.
+    """
+
+    kvstore: bool = False
+    max_live: int = 256
+    num_blocks: int = 64
+    transfer_deadline_s: float = 5.0
+    canary_interval_s: float = 15.0
+    direct: bool = False
+
+
 class Fleet:
     """Workers and the router's parts.
 
@@ -245,17 +270,16 @@ class Fleet:
         on_tick: Hears the name of every step of the protocol; may be called on an engine's thread.
     """
 
-    def __init__(self, stack: AsyncExitStack, tasks: asyncio.TaskGroup, clock: Clock) -> None:
+    def __init__(self, shape: FleetShape, tasks: asyncio.TaskGroup, clock: Clock) -> None:
+        self.shape = shape
         self.fabric, self.tasks, self.clock = Fabric(), tasks, clock
         self.channels, self.worker_channels = Channels(), Channels()
         self.workers: dict[str, FleetWorker] = {}
         self.kvstore: str | None = None
-        self.transfer_deadline_s = 5.0
         self.on_tick: Tick = lambda _: None
         self.table: WorkerTable
         self.parts: SequenceParts
         self.live: LiveRequests
-        self._stack = stack
         self._num_epochs = 0
         self._num_sequences = 0
         self._follows: dict[str, asyncio.Task[None]] = {}
@@ -269,12 +293,13 @@ class Fleet:
         """Tell of a step of the protocol."""
         self.on_tick(what)
 
-    async def start(self, roles: dict[str, WorkerRole], folder: Path, *, max_live: int, num_blocks: int) -> None:
+    async def start(self, roles: dict[str, WorkerRole], folder: Path) -> None:
         """Start workers and router."""
         for name, role in roles.items():
             lane = FaultyLane()
-            await lane.open()
-            self.workers[name] = FleetWorker(self, name, role, lane, num_blocks)
+            if not self.shape.direct:
+                await lane.open()
+            self.workers[name] = FleetWorker(self, name, role, lane)
             await self.workers[name].start()
         addresses = tuple(worker.lane.address for worker in self.workers.values())
         self.table = WorkerTable(
@@ -288,7 +313,9 @@ class Fleet:
             kvstore=self.kvstore,
             max_moves=3,
         )
-        config = RouterConfig(model=folder, max_live_requests=max_live)
+        config = RouterConfig(
+            model=folder, max_live_requests=self.shape.max_live, canary_interval_s=self.shape.canary_interval_s
+        )
         metrics = RouterMetrics(CollectorRegistry(), self.clock)
         self.live = LiveRequests(config, self.parts, byte_text_model(folder), self.clock, metrics)
         self.table.on_meet = self.live.meet
@@ -299,7 +326,7 @@ class Fleet:
     async def revive(self, name: str) -> None:
         """Start a killed worker anew, at its address."""
         old = self.workers[name]
-        self.workers[name] = FleetWorker(self, name, old.role, old.lane, old.num_blocks)
+        self.workers[name] = FleetWorker(self, name, old.role, old.lane)
         await self.workers[name].start()
         await old.lane.restore(self.workers[name].server.port)
 
@@ -391,35 +418,23 @@ class Fleet:
 
 
 @asynccontextmanager
-async def open_fleet(
-    folder: Path,
-    roles: dict[str, WorkerRole],
-    *,
-    kvstore: bool = False,
-    max_live: int = 256,
-    num_blocks: int = 64,
-    transfer_deadline_s: float = 5.0,
-) -> AsyncIterator[Fleet]:
+async def open_fleet(folder: Path, roles: dict[str, WorkerRole], **shape: object) -> AsyncIterator[Fleet]:
     """Serve a cluster on loopback until the block ends.
 
     Args:
         folder: Where its tokenizer is written.
         roles: Roles of the workers, by name.
-        kvstore: Whether there is a kvstore.
-        max_live: Admission bound of the router.
-        num_blocks: Size of each worker's pool.
-        transfer_deadline_s: Patience of a push.
+        **shape: Attributes of `FleetShape`.
     """
     async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
-        fleet = Fleet(stack, tasks, WallClock())
-        fleet.transfer_deadline_s = transfer_deadline_s
-        if kvstore:
+        fleet = Fleet(FleetShape(**shape), tasks, WallClock())  # type: ignore[arg-type]  # checked by the dataclass
+        if fleet.shape.kvstore:
             config = KvStoreConfig(memory_bytes=1 << 20)
             parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.worker_channels)
             server = await stack.enter_async_context(serve_kvstore(parts))
             fleet.kvstore = server.address
         try:
-            await fleet.start(roles, folder, max_live=max_live, num_blocks=num_blocks)
+            await fleet.start(roles, folder)
             yield fleet
         finally:
             await fleet.stop()
