@@ -138,6 +138,15 @@ def test_swapped_blocks_are_noticed(runner):
     assert differs(compute(runner, PROMPT[-1:], table(0, 9, 2), start=len(PROMPT) - 1), right)
 
 
+def test_positions_are_those_given_and_not_those_of_the_entries(runner):
+    compute(runner, PROMPT, table(0, 1, 2))
+    near, far = (
+        run(runner, batch_item((4,), len(PROMPT), table(0, 1, 2), sample=True, positions=[position]))
+        for position in (len(PROMPT), len(PROMPT) + 20)
+    )
+    assert differs(near, far)
+
+
 def test_what_lies_after_the_last_entry_does_not_matter(runner):
     clean = compute(runner, PROMPT, table(0, 1, 2))
     compute(runner, (9,) * 48, table(3, 4, 5))

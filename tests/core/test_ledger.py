@@ -40,6 +40,7 @@ def test_a_shared_block_is_leased_until_its_last_lease_ends():
     ledger = BlockLedger(4)
     blocks = ledger.lease("a", 2)
     ledger.lease("b", 1, shared=blocks)
+    assert (ledger.num_exclusive("a"), ledger.num_exclusive("b"), ledger.num_exclusive("none")) == (0, 1, 0)
     ledger.release("a")
     assert states(ledger) == (1, 0, 3)
     assert ledger.num_exclusive("b") == 3

@@ -141,6 +141,15 @@ def test_what_came_and_went_between_two_reports_is_not_told(cache):
     assert change is None or change.stored == ()
 
 
+def test_what_went_and_came_back_between_two_reports_is_not_told_as_gone(cache):
+    first = admit(cache, "a", range(8))
+    cache.release(first)
+    cache.take_change()
+    cache.release(admit(cache, "b", range(100, 132), computed=False))
+    admit(cache, "c", range(8))
+    assert cache.take_change().removed == ()
+
+
 def test_eviction_gives_back_only_what_nobody_shares(cache):
     first = admit(cache, "a", range(10))
     second = admit(cache, "b", [*range(8), 70, 71])

@@ -160,6 +160,20 @@ def test_what_a_peer_may_still_read_is_never_preempted(make_client, reference, p
     assert client.tokens(answer) == reference(prompt_of(2, 12), max_tokens=20, ignore_eos=True)
 
 
+def test_a_prompt_whose_kv_is_pushed_while_it_runs_is_never_preempted(make_client, prompt_of, reference):
+    client = make_client(num_blocks=12, budget=2)
+    answer = client.open(prompt_of(1, 7), max_tokens=12, ignore_eos=True)
+    client.steps(6)
+    prefilled = client.open(prompt_of(2, 36), goal=Goal.FIRST_TOKEN)
+    client.steps(12)
+    assert client.stats().num_preemptions == 1
+    client.steps()
+    assert client.progress(prefilled) == sorted(client.progress(prefilled))
+    client.close(prefilled)
+    client.steps()
+    assert client.tokens(answer) == reference(prompt_of(1, 7), max_tokens=12, ignore_eos=True)
+
+
 def test_no_more_is_preempted_than_is_needed(make_client, prompt_of):
     client = make_client(num_blocks=12)
     for seed in range(4):

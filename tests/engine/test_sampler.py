@@ -109,12 +109,18 @@ def test_top_p_counts_within_what_top_k_kept():
     assert set(draw(logits, 300, top_p=0.6).tolist()) == {0, 1}
 
 
+def test_top_p_counts_within_a_wide_top_k():
+    drawn = draw(torch.arange(200) * -1e-4, 4000, top_k=100, top_p=0.5)
+    assert set(drawn.tolist()) == set(range(50))
+
+
 def test_min_p_keeps_what_is_likely_beside_the_best():
     logits = logits_of(5)
     probabilities = torch.softmax(logits, -1)
     kept = probabilities >= 0.2 * probabilities.max()
     assert_drawn_from(draw(logits, min_p=0.2), keep(logits, kept))
-    assert_drawn_from(draw(logits, min_p=0.2, top_k=40), keep(logits, kept))
+    for others in ({"top_k": 40}, {"top_k": VOCAB}, {"top_p": 0.99999}):
+        assert_drawn_from(draw(logits, min_p=0.2, **others), keep(logits, kept))
 
 
 def test_top_p_over_a_flat_vocabulary_looks_at_all_of_it():

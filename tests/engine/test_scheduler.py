@@ -80,6 +80,13 @@ def test_the_latest_gives_way_when_a_block_is_missing():
     assert found.admit == ()
 
 
+def test_who_shares_its_blocks_gives_back_only_its_own():
+    grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
+    found = plan(grows, running(1, num_exclusive_blocks=1), running(2, num_exclusive_blocks=0), available=0)
+    assert found.evict == ("s2", "s1")
+    assert [item.sequence_id for item in found.items] == ["s0"]
+
+
 def test_a_sequence_alone_gives_way_itself():
     grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
     assert plan(grows, available=0).evict == ("s0",)
@@ -134,7 +141,7 @@ def views(draw):
             blocks = blocks_for(num_tokens, BLOCK)
             sequences.append(waiting(arrival, num_tokens, num_blocks_to_admit=draw(st.integers(0, blocks))))
             continue
-        computed = draw(st.integers(0, num_tokens - 1))
+        computed = draw(st.one_of(st.just(num_tokens - 1), st.integers(0, num_tokens - 1)))
         missing = draw(st.integers(0, 1)) if computed >= num_tokens - 2 else 0
         blocks = max(blocks_for(computed, BLOCK), blocks_for(num_tokens, BLOCK) - missing)
         sequence = running(

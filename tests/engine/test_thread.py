@@ -174,10 +174,11 @@ def test_a_deadline_beyond_all_clocks_is_no_trouble(thread):
     reader.wait_for(Sampled, 5)
 
 
-def test_idling_costs_no_time(thread):
-    reader = open_sequence(thread)
-    reader.wait_for(Admitted)
-    poll(lambda: thread.stats().num_waiting == 1)
+@pytest.mark.parametrize("num_held", [0, 1], ids=["without sequences", "with one that waits"])
+def test_idling_costs_no_time(thread, num_held):
+    for _ in range(num_held):
+        open_sequence(thread).wait_for(Admitted)
+    poll(lambda: thread.stats().num_waiting == num_held)
     num_steps, begun_s = thread.stats().num_steps, time.process_time()
     threading.Event().wait(0.5)
     assert thread.stats().num_steps == num_steps

@@ -15,6 +15,6 @@ TECHNIQUE = Technique(
     title="SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills",
     paper="arXiv:2308.16369; Sarathi-Serve, OSDI 2024",
     is_lossless=True,
-    measured="not measured yet: the ratio is loadtest/ratios/bench_sarathi.py",
+    measured="not measured yet",
     shape=_shape,
 )
