@@ -8,7 +8,7 @@ from headrace import AsyncClient
 from headrace.testing.cluster import LocalCluster
 from headrace.testing.prompts import PROMPTS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 MAX_TOKENS = 32
 TEXTS = (*PROMPTS, "\n".join(PROMPTS))
