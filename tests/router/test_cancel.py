@@ -33,13 +33,12 @@ class Trip:
             self.task.cancel()
 
 
-async def leave_everywhere(fleet, prompt_of, step):
+async def leave_everywhere(fleet, prompt_at, step):
     """Cancel at every step until a request ends before it is cancelled; returns how many were cancelled."""
     num_cancelled, at = 0, 1
     while True:
         for passes in (0, 1, 3, 10):
-            # Another prompt each time, or caches would shorten the path.
-            spec = fleet.spec(prompt_of(at * 10 + passes, 18), max_tokens=NUM_TOKENS)
+            spec = fleet.spec(prompt_at(at * 10 + passes), max_tokens=NUM_TOKENS)
             trip = Trip(fleet, at, passes)
             trip.task = asyncio.ensure_future(fleet.tokens(spec))
             try:
@@ -60,14 +59,30 @@ async def leave_everywhere(fleet, prompt_of, step):
 async def test_a_client_may_leave_at_every_step_and_nothing_is_held(tmp_path, roles, prompt_of, workers, step):
     async with open_fleet(tmp_path, roles(workers)) as fleet:
         answer = await fleet.tokens(fleet.spec(prompt_of(0, 18)))
-        num_cancelled = await leave_everywhere(fleet, prompt_of, step)
+        # Another prompt each time, or caches would shorten the path.
+        num_cancelled = await leave_everywhere(fleet, lambda index: prompt_of(index, 18), step)
         assert num_cancelled > 20 / step
         assert await fleet.tokens(fleet.spec(prompt_of(0, 18))) == answer
 
 
 async def test_a_client_may_leave_while_blocks_are_fetched_and_nothing_is_held(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("p0 d0"), kvstore=True) as fleet:
-        await leave_everywhere(fleet, prompt_of, 2)
+        prefill = fleet.workers["p0"]
+        answer = await fleet.tokens(fleet.spec(prompt_of(1, 18), max_tokens=NUM_TOKENS))
+        prefill.blocks.store_later(prefill.blocks.hashes(prompt_of(1, 18), b""))
+        storing = asyncio.ensure_future(prefill.blocks.run_stores())
+        await fleet.until(lambda: prefill.blocks._client.counts.num_stored_blocks == 4, "not stored")
+        storing.cancel()
+        await asyncio.wait([storing])
+
+        def forgotten(_):
+            for worker in fleet.workers.values():
+                worker.thread._engine._cache.ledger.forget_cached()
+            return prompt_of(1, 18)
+
+        await leave_everywhere(fleet, forgotten, 2)
+        assert prefill.blocks._client.counts.num_fetched_blocks > 4 * 10
+        assert await fleet.tokens(fleet.spec(forgotten(0), max_tokens=NUM_TOKENS)) == answer
 
 
 @pytest.mark.parametrize("timeout_ms", range(1, 60, 3))

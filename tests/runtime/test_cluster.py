@@ -94,9 +94,7 @@ async def test_a_request_to_drain_reaches_the_member_in_seconds(stub, worker):
 @pytest.mark.parametrize("kind", [cluster_pb2.HandshakeRequest, cluster_pb2.HandshakeResponse])
 def test_a_refusal_says_who_spoke_what_and_what_was_wanted(kind):
     with pytest.raises(PeerMismatch, match=r"decode-7 .*fingerprint theirs.*ours"):
-        check_peer(
-            kind(protocol_version=PROTOCOL_VERSION, name="decode-7", model_fingerprint="theirs"), "ours"
-        )
+        check_peer(kind(protocol_version=PROTOCOL_VERSION, name="decode-7", model_fingerprint="theirs"), "ours")
     with pytest.raises(PeerMismatch, match=r"decode-7 speaks protocol 99"):
         check_peer(kind(protocol_version=99, name="decode-7"), "ours")
 

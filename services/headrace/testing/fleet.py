@@ -132,7 +132,9 @@ class FleetWorker:
         lane: Cut it and the worker looks killed.
     """
 
-    def __init__(self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane) -> None:
+    def __init__(
+        self, fleet: "Fleet", name: str, role: WorkerRole, lane: FaultyLane, fingerprint: str = FINGERPRINT
+    ) -> None:
         self.name, self.role, self.lane = name, role, lane
         num_blocks = fleet.shape.num_blocks
         self.epoch = f"{name}-{fleet.next_epoch()}"
@@ -158,13 +160,13 @@ class FleetWorker:
             config=self.config,
             epoch=self.epoch,
             model_name="fake",
-            fingerprint=FINGERPRINT,
+            fingerprint=fingerprint,
             runner=self.runner,
             engine=self.engine,
             connector=self.connector,
             clock=clock,
         )
-        self.peers = Peers(self.connector, fleet.worker_channels, self._parts.introduce, FINGERPRINT)
+        self.peers = Peers(self.connector, fleet.worker_channels, self._parts.introduce, fingerprint)
         self.blocks = BlockExchange(
             ExchangeParts(
                 engine=self.engine, connector=self.connector, tasks=tasks, clock=clock, block_tokens=BLOCK_TOKENS
@@ -323,10 +325,10 @@ class Fleet:
             self._follows[address] = self.tasks.create_task(self.table.follow(address))
         await self.until(lambda: len(self.table.usable()) == len(addresses), "workers not met")
 
-    async def revive(self, name: str) -> None:
-        """Start a killed worker anew, at its address."""
+    async def revive(self, name: str, *, fingerprint: str = FINGERPRINT) -> None:
+        """Start a killed worker anew, at its address, maybe with another model."""
         old = self.workers[name]
-        self.workers[name] = FleetWorker(self, name, old.role, old.lane)
+        self.workers[name] = FleetWorker(self, name, old.role, old.lane, fingerprint)
         await self.workers[name].start()
         await old.lane.restore(self.workers[name].server.port)
 
