@@ -147,5 +147,8 @@ def _tree(root: type[HeadraceError]) -> list[type[HeadraceError]]:
 
 
 def by_code() -> dict[str, type[HeadraceError]]:
-    """Return every error class under its wire code."""
-    return {error.code: error for error in _tree(HeadraceError)}
+    """Return every error class of this module under its wire code.
+
+    Parts may refine an error for themselves; on the wire it is the one it refines.
+    """
+    return {error.code: error for error in _tree(HeadraceError) if error.__module__ == __name__}

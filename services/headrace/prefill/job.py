@@ -118,12 +118,14 @@ class PrefillJob:
         self._pusher = self._parts.tasks.create_task(self._push_chunks(sequence))
         try:
             await self._compute(sequence)
-        except BaseException:
-            self._has_failed = True
-            raise
-        finally:
             self._chunks.put_nowait(None)
-            failure = await _settle(self._pusher)
+            failure = await asyncio.shield(self._pusher)
+        except BaseException:
+            # The write in flight ends by its own deadline; its source must stay until then.
+            self._has_failed = True
+            self._chunks.put_nowait(None)
+            await asyncio.wait([self._pusher])
+            raise
         if failure is not None:
             raise failure
         await self._commit()
@@ -260,12 +262,3 @@ class PrefillJob:
 
     def _remaining_s(self) -> float:
         return (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
-
-
-async def _settle(pusher: "asyncio.Task[HeadraceError | None]") -> HeadraceError | None:
-    """Wait for the pusher even when the waiting task is cancelled; it ends by its own deadlines."""
-    try:
-        return await asyncio.shield(pusher)
-    except asyncio.CancelledError:
-        await asyncio.wait([pusher])
-        raise
