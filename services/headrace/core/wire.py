@@ -216,13 +216,14 @@ def error_to_detail(error: HeadraceError, worker: str = "") -> errors_pb2.ErrorD
         error: What to write.
         worker: Name of this process; used unless the error already names the one that raised it.
     """
+    wait_ms = None if error.retry_after_s is None else round(error.retry_after_s * 1000, 6)  # 2.007 s is 2007 ms.
     return errors_pb2.ErrorDetail(
         code=error.code,
         message=error.message,
         field=error.field or "",
         limit=error.limit or "",
         # 0 means "a retry would not help", so a retry that may come at once asks for 1 ms.
-        retry_after_ms=0 if error.retry_after_s is None else max(1, math.ceil(error.retry_after_s * 1000)),
+        retry_after_ms=0 if wait_ms is None else max(1, math.ceil(wait_ms)),
         worker=error.worker or worker,
     )
 
