@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from headrace.core.wire import spec_to_proto, token_from_proto
+from headrace.decode.service import DecodeServicer
 from headrace.engine.messages import Begin
 from headrace.errors import BlockLost, DeadlineExceeded, InternalError, InvalidRequest, PeerFailed, Saturated
 from headrace.prefill.service import PrefillServicer
@@ -193,6 +194,27 @@ async def test_a_cancelled_job_stops_pushing_after_the_write_in_flight(tmp_path)
         fleet.fabric.resume(bench.decode.epoch)
         await bench.no_writers()
         assert len(writes) == 1
+        call.cancel()
+        await fleet.at_rest()
+
+
+async def test_a_commit_that_is_not_answered_in_time_is_the_peer_s_failure(tmp_path, monkeypatch):
+    """The request has time left, so it must be one of the errors that send it elsewhere."""
+    commit, may_answer = DecodeServicer.CommitPrefill, asyncio.Event()
+
+    async def answer_late(self, request, context):
+        await may_answer.wait()
+        return await commit(self, request, context)
+
+    monkeypatch.setattr(DecodeServicer, "CommitPrefill", answer_late)
+    monkeypatch.setattr("headrace.prefill.job.CONTROL_TIMEOUT_S", 0.1)
+    async with open_fleet(tmp_path, ROLES) as fleet:
+        bench, spec = Bench(fleet), fleet.spec(PROMPT)
+        call, target = await bench.reserve(spec)
+        with pytest.raises(PeerFailed, match="in time"):
+            await bench.ask(spec, target)
+        may_answer.set()
+        bench.decode.reservations.end_write("w")
         call.cancel()
         await fleet.at_rest()
 

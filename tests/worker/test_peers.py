@@ -50,6 +50,8 @@ class Agents:
     def __init__(self):
         self.connected = set()
         self.refuses = False
+        self.may_remove = asyncio.Event()
+        self.may_remove.set()
 
     async def add_peer(self, pool):
         if self.refuses:
@@ -57,7 +59,7 @@ class Agents:
         self.connected.add(pool.agent_name)
 
     async def remove_peer(self, name):
-        await asyncio.sleep(0)
+        await self.may_remove.wait()
         self.connected.discard(name)
 
 
@@ -130,8 +132,13 @@ async def test_forgetting_a_former_life_keeps_the_present_one(desk):
 async def test_forgetting_while_another_meets_the_peer_leaves_it_connected(desk):
     """Otherwise the pair is dead: known here, unknown to the transport."""
     await desk.peers.ensure(desk.address)
-    await asyncio.gather(desk.peers.forget(desk.address), desk.peers.ensure(desk.address))
-    await desk.peers.ensure(desk.address)
+    desk.agents.may_remove.clear()
+    forgetting = asyncio.ensure_future(desk.peers.forget(desk.address))
+    await asyncio.sleep(0)
+    meeting = asyncio.ensure_future(desk.peers.ensure(desk.address))
+    await asyncio.wait([meeting], timeout=0.1)
+    desk.agents.may_remove.set()
+    await asyncio.gather(forgetting, meeting)
     assert desk.agents.connected == {"agent-e1"}
 
 

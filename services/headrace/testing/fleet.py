@@ -139,6 +139,7 @@ class FleetWorker:
         num_blocks = fleet.shape.num_blocks
         self.epoch = f"{name}-{fleet.next_epoch()}"
         self._fabric, clock, tasks = fleet.fabric, fleet.clock, fleet.tasks
+        self._channels = Channels()
         self.runner = ArenaRunner(num_blocks)
         bounds = EngineConfig(num_blocks=num_blocks, token_budget=8, max_running=32, fingerprint=FINGERPRINT)
         self.thread = EngineThread(
@@ -166,7 +167,7 @@ class FleetWorker:
             connector=self.connector,
             clock=clock,
         )
-        self.peers = Peers(self.connector, fleet.worker_channels, self._parts.introduce, fingerprint)
+        self.peers = Peers(self.connector, self._channels, self._parts.introduce, fingerprint)
         self.blocks = BlockExchange(
             ExchangeParts(
                 engine=self.engine, connector=self.connector, tasks=tasks, clock=clock, block_tokens=BLOCK_TOKENS
@@ -185,14 +186,14 @@ class FleetWorker:
         if fleet.kvstore is None:
             return None
         caller = StoreCaller(name=self.name, epoch=self.epoch, fingerprint=FINGERPRINT, layout=self.runner.layout)
-        return KvClient(fleet.kvstore, fleet.worker_channels, self.connector, self.peers, caller, fleet.clock)
+        return KvClient(fleet.kvstore, self._channels, self.connector, self.peers, caller, fleet.clock)
 
     def _prefill_parts(self, fleet: "Fleet") -> PrefillParts:
         return PrefillParts(
             engine=self.engine,
             connector=self.connector,
             peers=self.peers,
-            channels=fleet.worker_channels,
+            channels=self._channels,
             blocks=self.blocks,
             clock=fleet.clock,
             tasks=fleet.tasks,
@@ -210,7 +211,6 @@ class FleetWorker:
         self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         self.server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(self.prefill))
         await self.server.start()
-        self.lane.address = self.lane.address or self.server.address
         self.lane.connect(self.server.port)
         self.thread.start()
 
@@ -218,6 +218,7 @@ class FleetWorker:
         """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""
         self.runner.gate.set()
         self._fabric.kill(self.epoch)
+        await self._channels.close()
         await self.lane.cut()
         await self.stop()
 
@@ -227,6 +228,7 @@ class FleetWorker:
         await self.server.stop()
         await asyncio.to_thread(self.thread.stop)
         await self.connector.close()
+        await self._channels.close()
 
     def left(self) -> str:
         """Return what is held here, or nothing when all is at rest."""
@@ -252,7 +254,7 @@ class FleetShape:
         num_blocks: Size of each worker's pool.
         transfer_deadline_s: Patience of a push.
         canary_interval_s: Longest age of the router's last token before it sends a canary.
-        direct: Whether clients reach workers without a lane between, for measurements; such workers cannot be cut.
+        direct: Whether the router reaches workers without a lane between, for measurements.
     """
 
     kvstore: bool = False
@@ -275,7 +277,7 @@ class Fleet:
     def __init__(self, shape: FleetShape, tasks: asyncio.TaskGroup, clock: Clock) -> None:
         self.shape = shape
         self.fabric, self.tasks, self.clock = Fabric(), tasks, clock
-        self.channels, self.worker_channels = Channels(), Channels()
+        self.channels, self.store_channels = Channels(), Channels()
         self.workers: dict[str, FleetWorker] = {}
         self.kvstore: str | None = None
         self.on_tick: Tick = lambda _: None
@@ -299,11 +301,11 @@ class Fleet:
         """Start workers and router."""
         for name, role in roles.items():
             lane = FaultyLane()
-            if not self.shape.direct:
-                await lane.open()
+            await lane.open()
             self.workers[name] = FleetWorker(self, name, role, lane)
             await self.workers[name].start()
-        addresses = tuple(worker.lane.address for worker in self.workers.values())
+        is_direct = self.shape.direct
+        addresses = tuple(each.server.address if is_direct else each.lane.address for each in self.workers.values())
         self.table = WorkerTable(
             name="router", addresses=addresses, channels=self.channels, clock=self.clock, report_timeout_s=1.0
         )
@@ -364,7 +366,7 @@ class Fleet:
             await worker.stop()
             await worker.lane.cut()
         await self.channels.close()
-        await self.worker_channels.close()
+        await self.store_channels.close()
 
     def spec(self, prompt: Sequence[int], *, timeout_s: float = 30.0, **sampling: object) -> SequenceSpec:
         """Return a sequence with a name of its own; greedy and eight tokens unless said otherwise."""
@@ -432,7 +434,7 @@ async def open_fleet(folder: Path, roles: dict[str, WorkerRole], **shape: object
         fleet = Fleet(FleetShape(**shape), tasks, WallClock())  # type: ignore[arg-type]  # checked by the dataclass
         if fleet.shape.kvstore:
             config = KvStoreConfig(memory_bytes=1 << 20)
-            parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.worker_channels)
+            parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.store_channels)
             server = await stack.enter_async_context(serve_kvstore(parts))
             fleet.kvstore = server.address
         try:
