@@ -16,10 +16,9 @@ from headrace.worker.config import Dtype
 HOST = "127.0.0.1"
 WORKER_ROLES = ("prefill", "decode", "hybrid")
 MOST_WORKERS = 64
-SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads of one worker that spin at a barrier take the cores from another: two workers on two cores computed
-2.3 times as fast with sleeping barriers (128-token prompts and decoding, 2-core Zen 3, 2026-11-21). A worker
-that has the machine to itself is faster with spinning ones."""
+SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000"}
+"""Threads of a worker wait for each other by spinning, long enough for the gaps within a step (a tenth of a
+millisecond), and sleep between steps, when the cores belong to other processes."""
 SERVE = (sys.executable, "-m", "headrace.cli.main", "serve")
 
 
@@ -162,7 +161,7 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
                 grpc=grpc[name],
                 http=f"http://{HOST}:{http_port}" if name == "router" else None,
                 log=run_dir / "logs" / f"{name}.log",
-                env=SHARED_CORES if roles[name] in WORKER_ROLES and len(layout.roles) > 1 else {},
+                env=SPIN_BRIEFLY if roles[name] in WORKER_ROLES else {},
             )
         )
     return services
@@ -189,6 +188,7 @@ def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[s
             | {
                 "model": layout.model,
                 "dtype": layout.dtype,
+                "shared_cores": str(Path(layout.run_dir) / "cores"),
                 "kvstore": grpc["kvstore"],
                 "peers": [grpc[other] for other in workers if other != name],
             }

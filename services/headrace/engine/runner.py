@@ -1,6 +1,6 @@
 """Batch -> tensors -> logits; no policy."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, chain
 
 import torch
@@ -20,8 +20,13 @@ class ModelRunner:
     Not safe for several threads: a step writes the arena.
     """
 
-    def __init__(self, model: Model, arena: KvArena) -> None:
+    def __init__(self, model: Model, arena: KvArena, before_layer: Callable[[], None] = lambda: None) -> None:
         """Bind a model to its memory.
+
+        Args:
+            model: Weights and the computation over them.
+            arena: Blocks of KV; written.
+            before_layer: Called in front of every layer of a step.
 
         Raises:
             ValueError: The arena has another layout than the model's KV.
@@ -30,6 +35,7 @@ class ModelRunner:
             raise ValueError(f"the arena holds {arena.layout}, the model writes {model.kv_layout()}")
         self._model = model
         self._arena = arena
+        self._before_layer = before_layer
 
     @property
     def layout(self) -> KvLayout:
@@ -63,7 +69,7 @@ class ModelRunner:
             return torch.empty((0, self.vocab_size), device=self._model.device)
         for item in batch.items:
             self._check(item)
-        return self._model.decoder(self._inputs(batch.items), self._arena.data)
+        return self._model.decoder(self._inputs(batch.items), self._arena.data, self._before_layer)
 
     def _check(self, item: BatchItem) -> None:
         count, needed = len(item.token_ids), blocks_for(item.kv_length, self.layout.block_tokens)

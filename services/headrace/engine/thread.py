@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 
 from headrace.clock import Clock
 from headrace.engine.engine import Engine
@@ -16,6 +17,8 @@ MAX_QUEUED_COMMANDS = 4096
 
 MAX_WAIT_S = 3600.0
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
 
 class EngineThread:
     """Runs an engine until stopped; commands are applied between steps, idling costs nothing.
@@ -23,11 +26,13 @@ class EngineThread:
     Args:
         engine: Used by this thread only, once started.
         clock: Bounds waits by the engine's next deadline.
+        computing: Entered on the thread while there is work, once after the other.
     """
 
-    def __init__(self, engine: Engine, clock: Clock) -> None:
+    def __init__(self, engine: Engine, clock: Clock, computing: AbstractContextManager[object] = _NOTHING) -> None:
         self._engine = engine
         self._clock = clock
+        self._computing = computing
         self._commands: deque[EngineCommand] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -89,9 +94,10 @@ class EngineThread:
     def _step_until_stopped(self) -> None:
         while self._wait():
             self._apply_all()
-            while self._engine.step() and not self._is_stopping:
-                self._stats = self._engine.stats()
-                self._apply_all()
+            with self._computing:
+                while self._engine.step() and not self._is_stopping:
+                    self._stats = self._engine.stats()
+                    self._apply_all()
             self._stats = self._engine.stats()
 
     def _refuse_queued(self, error: HeadraceError) -> None:

@@ -37,7 +37,9 @@ class WorkerConfig:
             without the mark of its quantisation.
         dtype: Precision.
         device: Torch device of weights and KV.
-        threads: Threads per tensor operation; 0 takes all cores.
+        threads: Most threads per tensor operation; 0 takes all cores.
+        shared_cores: File that the workers of one machine name to share its cores: each takes an
+            equal part while others compute too; None shares with nobody.
         block_tokens: Tokens per KV block: 16, 32 or 64.
         kv_memory_bytes: Size of the block pool.
         max_running: Most sequences that hold blocks at once.
@@ -62,6 +64,7 @@ class WorkerConfig:
     dtype: Dtype = Dtype.BF16
     device: str = "cpu"
     threads: int = 0
+    shared_cores: Path | None = None
     block_tokens: int = 16
     kv_memory_bytes: int = 1 << 30
     max_running: int = 64

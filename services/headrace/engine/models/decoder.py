@@ -54,12 +54,15 @@ class Decoder:
         self._blocks = [_Block(builder, index, layer) for index, layer in enumerate(spec.layers)]
         self._head = builder.head()
 
-    def __call__(self, step: StepInputs, arena: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, step: StepInputs, arena: torch.Tensor, before_layer: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
         """Compute a step and write its KV into the arena.
 
         Args:
             step: What to compute.
             arena: `[num_blocks, layers, 2, block_tokens, kv_heads, head_dim]`; written.
+            before_layer: Called in front of every layer and of the head.
 
         Returns:
             Logits `[samples, vocab]`, fp32.
@@ -68,7 +71,9 @@ class Decoder:
         residual = self._embed(step.token_ids)
         normed = self._first_norm(residual)
         for block, kv_view, rope in zip(self._blocks, arena.unbind(1), self._rope_of_layer, strict=True):
+            before_layer()
             normed, residual = block(normed, residual, step, rotations[rope], kv_view)
+        before_layer()
         return self._head(normed[step.sample_rows])
 
 

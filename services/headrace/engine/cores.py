@@ -1,0 +1,104 @@
+"""Threads per tensor operation, shared with the other workers of a machine."""
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from headrace.errors import ConfigError
+
+MOST_SEATS = 256
+_FLOCK = struct.Struct("hhqqi")
+"""`struct flock` of 64-bit Linux: type, whence, start, length, pid."""
+
+
+class Cores:
+    """The cores a worker computes on: all of them, or its share while other workers compute too.
+
+    Two workers whose threads spin for each other on the same cores are many times slower than two
+    with one core each, and one that leaves cores idle is slower than it need be. So workers that
+    name the same file tell each other through locks on its bytes when they have work; the kernel
+    frees the bytes of a worker that died.
+
+    2-core Zen 3, bf16, 2026-11-21, two workers at once, decode step / 128-token prompt: 42 / 440 ms
+    with a core each, 53 / 488 ms with two threads each and sleeping barriers; one alone: 28 / 250 ms.
+
+    Use it as a context while there is work, from one thread, the one that computes.
+    """
+
+    def __init__(self, threads: int = 0, shared: Path | None = None) -> None:
+        """Take a seat among the workers of this machine.
+
+        Args:
+            threads: Most threads; 0 takes what torch would.
+            shared: File that all workers of this machine name; None shares with nobody.
+
+        Raises:
+            ConfigError: The file cannot be opened, or has no seat left.
+        """
+        self._most = threads or torch.get_num_threads()
+        self._threads = 0
+        self._file: int | None = None
+        if shared is not None:
+            self._file, self._seat = _take_seat(shared)
+
+    def close(self) -> None:
+        """Leave the seat."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> Self:
+        """Begin to compute."""
+        if self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MOST_SEATS + self._seat)
+        self.adjust()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End computing: the cores go to others."""
+        if self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, MOST_SEATS + self._seat)
+
+    def adjust(self) -> None:
+        """Use the present share; cheap enough to be called for every layer (a few microseconds)."""
+        threads = max(1, self._most // (1 + self.num_others()))
+        if threads != self._threads:
+            self._threads = threads
+            torch.set_num_threads(threads)
+
+    def num_others(self) -> int:
+        """Return how many other workers compute now."""
+        if self._file is None:
+            return 0
+        count, start, end = 0, MOST_SEATS, 2 * MOST_SEATS
+        while start < end:
+            wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0)
+            kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(self._file, fcntl.F_GETLK, wanted))
+            if kind == fcntl.F_UNLCK:
+                break
+            count, start = count + 1, found + length
+        return count
+
+
+def _take_seat(path: Path) -> tuple[int, int]:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"the file of shared cores {path} cannot be opened: {error}", field="shared_cores") from error
+    for seat in range(MOST_SEATS):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, seat)
+        except OSError:
+            continue
+        return file, seat
+    os.close(file)
+    raise ConfigError(
+        f"{MOST_SEATS} workers share the cores of this machine already", field="shared_cores", limit=str(MOST_SEATS)
+    )

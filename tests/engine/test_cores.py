@@ -1,0 +1,120 @@
+"""Workers of one machine share its cores, and the kernel forgets those that died."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from headrace.engine.cores import MOST_SEATS, Cores
+from headrace.errors import ConfigError
+
+PEER = """
+import sys
+from pathlib import Path
+from headrace.engine.cores import Cores
+cores = Cores(4, Path(sys.argv[1]))
+for line in sys.stdin:
+    cores.__enter__() if line == "enter\\n" else cores.__exit__(None, None, None)
+    print(cores.num_others(), flush=True)
+"""
+
+
+class Peer:
+    """Another worker of the machine, a real process: locks are per process."""
+
+    def __init__(self, path):
+        command = [sys.executable, "-c", PEER, str(path)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self, what):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def shared(tmp_path):
+    return tmp_path / "cores"
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cores(shared):
+    made = Cores(4, shared)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def start(shared):
+    peers = []
+
+    def start_peer():
+        peers.append(Peer(shared))
+        return peers[-1]
+
+    yield start_peer
+    for peer in peers:
+        peer.kill()
+
+
+def test_a_worker_alone_takes_all_threads(cores):
+    with cores:
+        assert torch.get_num_threads() == 4
+
+
+def test_two_that_compute_take_half_each_and_all_again_when_one_ends(cores, start):
+    peer = start()
+    assert peer.tell("enter") == 0
+    with cores:
+        assert torch.get_num_threads() == 2
+        assert peer.tell("enter") == 1
+        peer.tell("leave")
+        cores.adjust()
+        assert torch.get_num_threads() == 4
+    assert peer.tell("enter") == 0
+
+
+def test_every_worker_that_computes_counts_once_and_none_gets_less_than_one_thread(cores, start):
+    for _ in range(5):
+        start().tell("enter")
+    assert cores.num_others() == 5
+    with cores:
+        assert torch.get_num_threads() == 1
+
+
+def test_a_worker_killed_while_it_computes_gives_its_cores_back(cores, start):
+    peer = start()
+    peer.tell("enter")
+    assert cores.num_others() == 1
+    peer.kill()
+    assert cores.num_others() == 0
+
+
+def test_without_a_file_nobody_shares():
+    with Cores(3) as cores:
+        assert (torch.get_num_threads(), cores.num_others()) == (3, 0)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no/such"):
+        Cores(1, tmp_path / "no/such")
+
+
+def test_seats_are_bounded(shared, start, monkeypatch):
+    monkeypatch.setattr("headrace.engine.cores.MOST_SEATS", 1)
+    start().tell("leave")
+    with pytest.raises(ConfigError, match="1 workers"):
+        Cores(1, shared)
+    assert MOST_SEATS == 256
