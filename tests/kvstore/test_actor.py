@@ -10,6 +10,7 @@ from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.errors import BlockLost, DeadlineExceeded, InvalidRequest, NotReady, PeerMismatch
 from headrace.kvstore.actor import (
+    NUM_KEPT_BLOCKS,
     AcquireGet,
     Announce,
     CommitPut,
@@ -25,7 +26,6 @@ from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.index import Report
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.transfer.arena import map_blocks
-from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 
 LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=8, dtype="fp32")
 NUM_BLOCKS = 6
@@ -37,7 +37,7 @@ class Store:
 
     def __init__(self) -> None:
         self.clock = VirtualClock(1000.0)
-        config = KvStoreConfig(memory_bytes=(NUM_BLOCKS + NUM_SCRATCH_BLOCKS) * LAYOUT.block_bytes + 7, max_hashes=16)
+        config = KvStoreConfig(memory_bytes=(NUM_BLOCKS + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes + 7, max_hashes=16)
         ids = itertools.count()
         self.actor = KvStoreActor(config, EPOCH, self.clock, self._connect, lambda: f"lease-{next(ids)}")
 
@@ -113,7 +113,7 @@ async def test_the_first_layout_opens_the_pool_and_another_size_is_refused(store
     assert (await store.acquire(names(1))).blocks == ()
     await store.meet()
     assert store.ledger() == (NUM_BLOCKS, 0, 0)
-    assert store.actor.connector.pool.num_blocks == NUM_BLOCKS + NUM_SCRATCH_BLOCKS
+    assert store.actor.connector.pool.num_blocks == NUM_BLOCKS + NUM_KEPT_BLOCKS
     other = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=1, head_dim=8, dtype="fp32")
     with pytest.raises(PeerMismatch):
         await store.meet("x", layout=other)

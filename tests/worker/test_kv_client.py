@@ -16,6 +16,7 @@ from headrace.core.block import BlockHash, KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost
+from headrace.kvstore.actor import NUM_KEPT_BLOCKS
 from headrace.kvstore.config import KvStoreConfig
 from headrace.runtime.channels import Channels
 from headrace.testing.connector import Fabric, FakeConnector
@@ -91,7 +92,7 @@ class Setup:
         self.parts = None
 
     async def serve(self, port: int = 0, max_lease_s: float = 60.0) -> None:
-        config = KvStoreConfig(memory_bytes=40 * LAYOUT.block_bytes, max_lease_s=max_lease_s)
+        config = KvStoreConfig(memory_bytes=(32 + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes, max_lease_s=max_lease_s)
         self.parts = fake_kvstore(self.fabric, config, CLOCK, self.channels)
         self._serving = serve_kvstore(self.parts, port)
         self.server = await self._serving.__aenter__()

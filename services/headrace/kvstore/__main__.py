@@ -53,11 +53,13 @@ async def serve(config: KvStoreConfig, lifecycle: Lifecycle) -> None:
         server.add(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, parts.servicer)
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(parts.member))
         await server.start()
-        await server.set_ready(is_ready=True)
+        proving = tasks.create_task(parts.member.keep_ready(server, parts.canary))
         await lifecycle.stopped()
+        proving.cancel()
         await server.drain(DRAIN_S)
         await server.stop()
         timer.cancel()
+        await parts.canary.close()
         await parts.actor.close()
 
 

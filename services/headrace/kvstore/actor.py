@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, assert_never
 
 from headrace.clock import Clock
-from headrace.core.block import BlockId, KvLayout
+from headrace.core.block import BlockHash, BlockId, KvLayout, root_hash
 from headrace.core.ledger import LedgerCounts
 from headrace.errors import HeadraceError, NotReady
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.index import PrefixIndex, Report
 from headrace.kvstore.policy import check_layout, checked_hashes, lease_end_s
-from headrace.kvstore.store import BlockStore, StoreTotals, Terms
+from headrace.kvstore.pool import NUM_CANARY_BLOCKS, BlockPool, is_canary
+from headrace.kvstore.store import StoreTotals, Terms
 from headrace.runtime.actor import Actor, ActorStats
 from headrace.transfer.connector import Connector
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
@@ -22,6 +23,11 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 STOP_GRACE_S = 1.0
+NUM_KEPT_BLOCKS = NUM_SCRATCH_BLOCKS + NUM_CANARY_BLOCKS
+"""Blocks at the end of the arena that no worker's block lies in: the canary's, then those of measurements."""
+
+TRIAL_LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=64, dtype="fp32")
+"""Layout of the pool that the canary uses before a worker has told its own: 8 KiB a block."""
 
 ReplyT = TypeVar("ReplyT")
 Reply: TypeAlias = "asyncio.Future[ReplyT]"
@@ -116,11 +122,20 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """The canary needs a pool; answered by the layout of its blocks."""
+
+    reply: "Reply[KvLayout]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time went by."""
 
 
-Message: TypeAlias = Meet | Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Announce | Forget | Tick
+Message: TypeAlias = (
+    Meet | Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Announce | Forget | Prepare | Tick
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,14 +143,18 @@ class KvStoreView:
     """A snapshot for reports.
 
     Attributes:
-        counts: Of the pool; None before a pool exists.
+        counts: Of the workers' blocks; None before a worker has told its layout.
         totals: Counters since the start.
+        canary: Counters of the canary's block, which are in none of the others.
+        num_canary_messages: Messages handled for the canary.
         num_indexed: Different blocks in the workers' caches.
         mailbox: Of the actor.
     """
 
     counts: LedgerCounts | None
     totals: StoreTotals = field(default_factory=StoreTotals)
+    canary: StoreTotals = field(default_factory=StoreTotals)
+    num_canary_messages: int = 0
     num_indexed: int
     mailbox: ActorStats
 
@@ -147,9 +166,15 @@ class KvStoreActor:
         config: Sizes and bounds.
         epoch: Lifetime of this process.
         clock: Ends leases.
-        connect: Makes the pool and its connector from (number of blocks, bytes of a block); called once,
-            on another thread.
+        connect: Makes a pool and its connector from (number of blocks, bytes of a block), on another thread;
+            called for the canary at first, and again when a worker tells the size of its blocks.
         new_id: Makes unguessable lease ids.
+
+    Attributes:
+        layout: Of the workers' blocks; None before a worker has told it.
+        connector: Of the pool; the canary's own while `layout` is None.
+        canary_hash: Name of the canary's block. No other process can know it.
+        reopened: Set whenever a pool was opened.
     """
 
     def __init__(
@@ -167,17 +192,22 @@ class KvStoreActor:
         self._new_id = new_id
         self._index = PrefixIndex(config.max_workers)
         self._epochs: dict[str, str] = {}
-        self._store: BlockStore | None = None
+        self._pool: BlockPool | None = None
+        self._num_canary_messages = 0
         self.layout: KvLayout | None = None
         self.connector: Connector | None = None
+        self.canary_hash: BlockHash = root_hash("canary", new_id().encode())
+        self.reopened = asyncio.Event()
         self.mailbox: Actor[Message] = Actor(config.name, self._handle, config.mailbox)
 
     def view(self) -> KvStoreView:
         """Return a snapshot."""
-        store = self._store
+        pool = self._pool
         return KvStoreView(
-            counts=None if store is None else store.counts(),
-            totals=StoreTotals() if store is None else store.totals,
+            counts=None if pool is None or self.layout is None else pool.counts(),
+            totals=StoreTotals() if pool is None else pool.totals,
+            canary=StoreTotals() if pool is None else pool.canary_totals,
+            num_canary_messages=self._num_canary_messages,
             num_indexed=self._index.num_hashes,
             mailbox=self.mailbox.stats(),
         )
@@ -197,10 +227,12 @@ class KvStoreActor:
     async def _handle(self, message: Message) -> None:
         match message:
             case Tick():
-                if self._store is not None:
-                    self._store.expire(self._clock.now())
+                if self._pool is not None:
+                    self._pool.expire(self._clock.now())
             case Meet():
-                await self._answer_meet(message)
+                await _answer_later(message.reply, self._meet(message))
+            case Prepare():
+                await _answer_later(message.reply, self._prepare())
             case Announce():
                 _answer(message.reply, lambda: self._announce(message.report))
             case Forget():
@@ -211,6 +243,7 @@ class KvStoreActor:
     def _handle_blocks(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> None:
         if isinstance(message, ReservePut | AcquireGet) and message.reply.done():
             return  # The caller left while it waited: a lease would only end by the clock.
+        self._num_canary_messages += self._is_of_canary(message)
         match message:
             case Match():
                 _answer(message.reply, lambda: self._match(message.hashes))
@@ -225,15 +258,6 @@ class KvStoreActor:
             case _:
                 assert_never(message)
 
-    async def _answer_meet(self, message: Meet) -> None:
-        try:
-            await self._meet(message)
-        except HeadraceError as error:
-            if not message.reply.done():
-                message.reply.set_exception(error)
-        else:
-            _answer(message.reply, lambda: None)
-
     async def _meet(self, message: Meet) -> None:
         if self._epochs.get(message.worker, message.epoch) != message.epoch:
             self._forget(message.worker)
@@ -246,50 +270,66 @@ class KvStoreActor:
         if len(self._epochs) < self._config.max_workers:
             self._epochs[message.worker] = message.epoch
 
+    async def _prepare(self) -> KvLayout:
+        self._num_canary_messages += 1
+        if self.connector is None:
+            await self._open_arena(NUM_KEPT_BLOCKS, TRIAL_LAYOUT)
+        return self.layout or TRIAL_LAYOUT
+
     async def _open_pool(self, layout: KvLayout) -> None:
         num_blocks = self._config.memory_bytes // layout.block_bytes
-        if num_blocks <= NUM_SCRATCH_BLOCKS:
+        if num_blocks <= NUM_KEPT_BLOCKS:
             raise NotReady(
                 f"memory_bytes of {self._config.memory_bytes} holds {num_blocks} blocks of {layout.block_bytes} bytes; "
-                f"{NUM_SCRATCH_BLOCKS} are kept for measurements",
+                f"{NUM_KEPT_BLOCKS} are kept for measurements and the canary",
                 field="memory_bytes",
             )
-        self.connector = await asyncio.to_thread(self._connect, num_blocks, layout.block_bytes)
-        self._store = BlockStore(num_blocks - NUM_SCRATCH_BLOCKS, self._epoch, self._config.settle_s)
+        await self._close_trial()
+        await self._open_arena(num_blocks, layout)
         self.layout = layout
         logger.info("block pool opened", extra={"num_blocks": num_blocks, "block_bytes": layout.block_bytes})
+
+    async def _open_arena(self, num_blocks: int, layout: KvLayout) -> None:
+        self.connector = await asyncio.to_thread(self._connect, num_blocks, layout.block_bytes)
+        self._pool = BlockPool(num_blocks - NUM_KEPT_BLOCKS, self._epoch, self._config.settle_s, self.canary_hash)
+        self.reopened.set()
+
+    async def _close_trial(self) -> None:
+        connector, self.connector, self._pool = self.connector, None, None
+        if connector is not None:
+            await connector.close()
 
     def _match(self, hashes: Sequence[bytes]) -> dict[str, int]:
         checked = checked_hashes(hashes, self._config.max_hashes)
         matches = self._index.match(checked)
-        num_stored = 0 if self._store is None else self._store.match(checked)
+        num_stored = 0 if self._pool is None else self._pool.match(checked)
         if num_stored:
             matches[self._config.name] = num_stored
         return matches
 
     def _reserve(self, message: ReservePut) -> Granted:
-        store = self._open_store()
+        checked = checked_hashes(message.hashes, self._config.max_hashes)
+        terms, end_ms = self._terms(checked, message.writer, message.deadline_unix_ms)
+        pool = self._open(terms.lease_id)
         if self.layout is not None:
             check_layout(message.layout, self.layout.block_bytes)
-        checked = checked_hashes(message.hashes, self._config.max_hashes)
-        terms, end_ms = self._terms(message.writer, message.deadline_unix_ms)
-        put = store.reserve(checked, terms)
+        put = pool.reserve(checked, terms)
         if not put.blocks:
             return Granted()
         return Granted(lease_id=terms.lease_id, blocks=put.blocks, deadline_unix_ms=end_ms, indices=put.indices)
 
     def _commit(self, message: CommitPut) -> int:
-        store = self._open_store()
-        return store.commit(message.lease_id, message.epoch, self._clock.now(), is_complete=message.is_complete)
+        pool = self._open(message.lease_id)
+        return pool.commit(message.lease_id, message.epoch, self._clock.now(), is_complete=message.is_complete)
 
     def _acquire(self, message: AcquireGet) -> Granted:
         checked = checked_hashes(message.hashes, self._config.max_hashes)
-        terms, end_ms = self._terms(message.reader, message.deadline_unix_ms)
-        blocks = () if self._store is None else self._store.acquire(checked, terms)
+        terms, end_ms = self._terms(checked, message.reader, message.deadline_unix_ms)
+        blocks = () if self._pool is None else self._pool.acquire(checked, terms)
         return Granted(lease_id=terms.lease_id, blocks=blocks, deadline_unix_ms=end_ms) if blocks else Granted()
 
     def _release(self, message: ReleaseGet) -> None:
-        self._open_store().release(message.lease_id, message.epoch, self._clock.now())
+        self._open(message.lease_id).release(message.lease_id, message.epoch, self._clock.now())
 
     def _announce(self, report: Report) -> bool:
         checked_hashes(report.stored, self._config.max_hashes)
@@ -299,19 +339,42 @@ class KvStoreActor:
     def _forget(self, worker: str) -> None:
         self._index.forget(worker)
         self._epochs.pop(worker, None)
-        if self._store is not None:
-            self._store.drop_writer(worker)
+        if self._pool is not None:
+            self._pool.drop_writer(worker)
 
-    def _open_store(self) -> BlockStore:
-        if self._store is None:
+    def _open(self, lease_id: str) -> BlockPool:
+        if self._pool is None or (self.layout is None and not is_canary(lease_id)):
             raise NotReady("the kvstore has no pool yet: a worker must shake hands first")
-        return self._store
+        return self._pool
 
-    def _terms(self, holder: str, deadline_unix_ms: int) -> tuple[Terms, int]:
+    def _is_of_canary(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> bool:
+        match message:
+            case ReservePut(hashes=hashes) | AcquireGet(hashes=hashes):
+                return tuple(hashes) == (self.canary_hash,)
+            case CommitPut(lease_id=lease_id) | ReleaseGet(lease_id=lease_id):
+                return is_canary(lease_id)
+            case _:
+                return False
+
+    def _terms(self, hashes: Sequence[BlockHash], holder: str, deadline_unix_ms: int) -> tuple[Terms, int]:
         now_ms = self._clock.unix_ms()
         granted_s = lease_end_s((deadline_unix_ms - now_ms) / 1000, self._config.max_lease_s)
-        terms = Terms(lease_id=self._new_id(), holder=holder, deadline_s=self._clock.now() + granted_s)
+        new_id = self._new_id()
+        lease_id = new_id if self._pool is None else self._pool.lease_name(hashes, new_id)
+        terms = Terms(lease_id=lease_id, holder=holder, deadline_s=self._clock.now() + granted_s)
         return terms, now_ms + int(granted_s * 1000)
+
+
+async def _answer_later(reply: "Reply[ReplyT]", work: Awaitable[ReplyT]) -> None:
+    """Answer as `_answer` what takes a while."""
+    try:
+        result = await work
+    except HeadraceError as error:
+        if not reply.done():
+            reply.set_exception(error)
+        return
+    if not reply.done():
+        reply.set_result(result)
 
 
 def _answer(reply: "Reply[ReplyT]", work: Callable[[], ReplyT]) -> None:

@@ -1,17 +1,24 @@
 """What the kvstore says of itself to the cluster, and what it is made of."""
 
+import asyncio
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headrace.clock import Clock
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_from_proto, layout_to_proto
 from headrace.errors import NotReady
 from headrace.kvstore.actor import KvStoreActor, Meet
+from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
+from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import num_fds, num_tasks
 from headrace.transfer.agent import load_bindings
 from headrace.transfer.arena import arena_of, map_blocks
@@ -21,6 +28,9 @@ from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.peers import Peers
+
+CANARY_INTERVAL_S = 5.0
+CANARY_RETRY_S = 0.5
 
 
 class KvStoreMember:
@@ -33,6 +43,9 @@ class KvStoreMember:
         channels: Connections for transport tests.
         clock: Times them.
         begin_drain: Asks the process to leave.
+
+    Attributes:
+        not_ready_reason: Empty when a canary has come back lately.
     """
 
     def __init__(
@@ -52,6 +65,7 @@ class KvStoreMember:
         self._begin_drain = begin_drain
         self._peers: Peers | None = None
         self._is_draining = False
+        self.not_ready_reason = "starting"
 
     def introduce(self) -> cluster_pb2.HandshakeRequest:
         """Return what the kvstore says when it opens a connection."""
@@ -65,7 +79,7 @@ class KvStoreMember:
         )
 
     def describe(self) -> cluster_pb2.HandshakeResponse:
-        """Return identity and, once a worker told its block size, the pool."""
+        """Return identity, the pool and, once a worker told its block size, the layout."""
         connector, layout = self._actor.connector, self._actor.layout
         return cluster_pb2.HandshakeResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -80,6 +94,7 @@ class KvStoreMember:
         """Return the load now; messages in the mailbox count as waiting."""
         view, connector = self._actor.view(), self._actor.connector
         transfers = TransferStats() if connector is None else connector.stats()
+        reason = "draining" if self._is_draining else self.not_ready_reason
         report = cluster_pb2.LoadReport(
             name=self._config.name,
             epoch=self._epoch,
@@ -87,9 +102,9 @@ class KvStoreMember:
             num_transfers=transfers.num_inflight,
             num_tasks=num_tasks(),
             num_fds=num_fds(),
-            num_steps=view.mailbox.num_handled,
-            is_ready=not self._is_draining,
-            not_ready_reason="draining" if self._is_draining else "",
+            num_steps=view.mailbox.num_handled - view.num_canary_messages,
+            is_ready=not reason,
+            not_ready_reason=reason,
             is_draining=self._is_draining,
             transferred_bytes=transfers.written_bytes + transfers.read_bytes,
         )
@@ -121,7 +136,7 @@ class KvStoreMember:
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
         """Move scratch blocks to and from a peer's scratch blocks."""
         connector = self._actor.connector
-        if connector is None:
+        if connector is None or self._actor.layout is None:
             raise NotReady("the kvstore has no pool yet: a worker must shake hands first")
         if self._peers is None:
             self._peers = Peers(connector, self._channels, self.introduce, "")
@@ -138,6 +153,16 @@ class KvStoreMember:
             latency_us=found.latency_us,
         )
 
+    async def keep_ready(self, server: GrpcServer, canary: Canary) -> None:
+        """Prove the store's path with a real block at start, for every new pool and every interval, until cancelled."""
+        while True:
+            self._actor.reopened.clear()
+            self.not_ready_reason = await canary.try_once(server.address)
+            await server.set_ready(is_ready=not self.not_ready_reason, reason=self.not_ready_reason)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CANARY_RETRY_S if self.not_ready_reason else CANARY_INTERVAL_S):
+                    await self._actor.reopened.wait()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvStoreParts:
@@ -146,18 +171,20 @@ class KvStoreParts:
     Attributes:
         actor: Start `actor.mailbox` and run `actor.run_timer` in a task group; `actor.close` at the end.
         servicer: For `add_KvStoreServiceServicer_to_server`.
-        member: For `runtime.cluster.ClusterServicer`.
+        member: For `runtime.cluster.ClusterServicer`; run `member.keep_ready` with the canary.
+        canary: Close it before the actor.
     """
 
     actor: KvStoreActor
     servicer: KvStoreServicer
     member: KvStoreMember
+    canary: Canary
 
 
 def build(
     config: KvStoreConfig, *, epoch: str, clock: Clock, channels: Channels, begin_drain: Callable[[], None]
 ) -> KvStoreParts:
-    """Put a kvstore together; its pool opens when the first worker shakes hands.
+    """Put a kvstore together; the workers' pool opens when the first worker shakes hands.
 
     Args:
         config: Its settings.
@@ -176,6 +203,11 @@ def build(
         arena = arena_of(map_blocks(num_blocks, block_bytes))
         return NixlConnector(f"{config.name}-{epoch}", arena, epoch, clock)
 
+    def connect_canary(blocks: NDArray[np.uint8], number: int) -> Connector:
+        name = f"{config.name}-{epoch}-canary-{number}"
+        return NixlConnector(name, arena_of(blocks), epoch, clock, is_passive=False)
+
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
     member = KvStoreMember(config, epoch, actor, channels, clock, begin_drain)
-    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member)
+    canary = Canary(config.name, actor, channels, clock, connect_canary)
+    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member, canary=canary)

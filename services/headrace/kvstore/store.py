@@ -168,6 +168,11 @@ class BlockStore:
             self._ledger.release_writer(lease_id)
             self._ledger.release(lease_id)
 
+    def forget(self) -> None:
+        """Forget every block that nobody uses."""
+        self._ledger.forget_cached()
+        self._ledger.take_evicted()
+
     def expire(self, now_s: float) -> None:
         """End leases whose time is over, and writers that have been silent for long enough since."""
         for lease_id in self._ledger.expire(now_s):

@@ -9,8 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import numpy as np
+from numpy.typing import NDArray
+
 from headrace.clock import Clock, WallClock
 from headrace.kvstore.actor import KvStoreActor
+from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.member import KvStoreMember, KvStoreParts, build
 from headrace.kvstore.service import KvStoreServicer
@@ -37,6 +41,7 @@ async def serve_kvstore(parts: KvStoreParts, port: int = 0) -> AsyncIterator[Grp
         finally:
             await server.stop()
             timer.cancel()
+            await parts.canary.close()
             await parts.actor.close()
 
 
@@ -47,9 +52,13 @@ def fake_kvstore(fabric: Fabric, config: KvStoreConfig, clock: Clock, channels: 
     def connect(num_blocks: int, block_bytes: int) -> FakeConnector:
         return FakeConnector(fabric, f"store-{epoch}", map_blocks(num_blocks, block_bytes), epoch, clock)
 
+    def connect_canary(blocks: NDArray[np.uint8], number: int) -> FakeConnector:
+        return FakeConnector(fabric, f"canary-{epoch}-{number}", blocks, epoch, clock)
+
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
     member = KvStoreMember(config, epoch, actor, channels, clock, lambda: None)
-    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member)
+    canary = Canary(config.name, actor, channels, clock, connect_canary)
+    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member, canary=canary)
 
 
 async def main(memory_bytes: int) -> None:

@@ -60,17 +60,19 @@ class NixlAgent:
     Args:
         name: Unique over processes and restarts.
         arena: Registered for as long as the agent lives.
+        is_passive: Whether peers may begin transfers. It costs a thread that idles at 3 % of a core; an agent
+            without it drives only the transfers that it began itself, when they are polled.
 
     Raises:
         ConfigError: NIXL is not installed, or finds no transport that it can use.
     """
 
-    def __init__(self, name: str, arena: Arena) -> None:
+    def __init__(self, name: str, arena: Arena, *, is_passive: bool = True) -> None:
         self._nixl = load_bindings()
         self._errors: tuple[type[Exception], ...] = tuple(getattr(self._nixl, kind) for kind in _ERRORS)
         self._arena = arena
         config = self._nixl.nixlAgentConfig()
-        config.useProgThread = True
+        config.useProgThread = is_passive
         config.pthrDelay = PROGRESS_DELAY_US
         config.useListenThread = False
         config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT

@@ -25,13 +25,14 @@ class NixlConnector:
         arena: The own blocks; registered once, kept alive until `close`.
         epoch: Lifetime of this process.
         clock: Deadlines are on it.
+        is_passive: Whether peers may begin transfers; see `NixlAgent`.
 
     Raises:
         ConfigError: NIXL is not installed or finds no transport.
     """
 
-    def __init__(self, agent_name: str, arena: Arena, epoch: str, clock: Clock) -> None:
-        agent = NixlAgent(agent_name, arena)
+    def __init__(self, agent_name: str, arena: Arena, epoch: str, clock: Clock, *, is_passive: bool = True) -> None:
+        agent = NixlAgent(agent_name, arena, is_passive=is_passive)
         self._arena = arena
         self._pool = PoolDescriptor(
             agent_name=agent_name,
