@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from headrace.engine.cores import MOST_SEATS, Cores
 from headrace.errors import ConfigError
@@ -42,13 +41,6 @@ def shared(tmp_path):
     return tmp_path / "cores"
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def cores(shared):
     made = Cores(4, shared)
@@ -71,18 +63,17 @@ def start(shared):
 
 def test_a_worker_alone_takes_all_threads(cores):
     with cores:
-        assert torch.get_num_threads() == 4
+        assert cores.share() == 4
 
 
 def test_two_that_compute_take_half_each_and_all_again_when_one_ends(cores, start):
     peer = start()
     assert peer.tell("enter") == 0
     with cores:
-        assert torch.get_num_threads() == 2
+        assert cores.share() == 2
         assert peer.tell("enter") == 1
         peer.tell("leave")
-        cores.adjust()
-        assert torch.get_num_threads() == 4
+        assert cores.share() == 4
     assert peer.tell("enter") == 0
 
 
@@ -91,7 +82,7 @@ def test_every_worker_that_computes_counts_once_and_none_gets_less_than_one_thre
         start().tell("enter")
     assert cores.num_others() == 5
     with cores:
-        assert torch.get_num_threads() == 1
+        assert cores.share() == 1
 
 
 def test_a_worker_killed_while_it_computes_gives_its_cores_back(cores, start):
@@ -104,7 +95,7 @@ def test_a_worker_killed_while_it_computes_gives_its_cores_back(cores, start):
 
 def test_without_a_file_nobody_shares():
     with Cores(3) as cores:
-        assert (torch.get_num_threads(), cores.num_others()) == (3, 0)
+        assert (cores.share(), cores.num_others()) == (3, 0)
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):

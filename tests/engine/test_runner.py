@@ -173,3 +173,17 @@ def test_blocks_lie_one_after_the_other_from_a_page_on():
     assert arena.data.is_contiguous()
     with pytest.raises(ValueError, match="blocks > 0"):
         KvArena(layout, 0, CPU)
+
+
+def test_threads_are_asked_for_in_front_of_every_layer(runner):
+    before, asked = torch.get_num_threads(), []
+
+    def share():
+        asked.append(torch.get_num_threads())
+        return 1
+
+    asking = ModelRunner(runner._model, KvArena(runner.layout, 40, CPU), share)
+    assert torch.equal(alone(asking, [1, 2, 3]), alone(runner, [1, 2, 3]))
+    assert len(asked) == len(SPEC.layers) + 1
+    assert asked[1:] == [1] * len(SPEC.layers)
+    torch.set_num_threads(before)

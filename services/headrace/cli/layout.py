@@ -39,7 +39,7 @@ class RunConfig:
     dir: Path = Path(".run")
     workers: tuple[str, ...] = ("prefill=1", "decode=1")
     model: Path | None = None
-    dtype: Dtype = Dtype.BF16
+    dtype: Dtype = Dtype.AUTO
     http_port: int = 8000
     grpc_port: int = 50051
     ready_timeout_s: float = 120.0

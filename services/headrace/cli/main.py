@@ -59,7 +59,7 @@ ROOTS = {
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="State of the cluster; default .run")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set one option.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="fp32 or bf16")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, fp32 or bf16")]
 
 
 @app.command()

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
-_DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
+_DTYPES = {Dtype.AUTO: torch.bfloat16, Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
 
 
 def run(args: ServeArgs) -> int:
@@ -93,7 +93,8 @@ def build_machine(config: WorkerConfig) -> Machine:
     """
     cores = Cores(config.threads, config.shared_cores)
     device = torch.device(config.device)
-    model = load_model(config.model, dtype=_DTYPES[config.dtype], device=device)
+    quantised = config.dtype is Dtype.AUTO
+    model = load_model(config.model, dtype=_DTYPES[config.dtype], device=device, quantised=quantised)
     layout = model.kv_layout(config.block_tokens)
     num_blocks = config.kv_memory_bytes // layout.block_bytes
     if num_blocks < 1:
@@ -103,7 +104,7 @@ def build_machine(config: WorkerConfig) -> Machine:
         )
     arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device)
     fingerprint = model.fingerprint(layout)
-    runner = ModelRunner(model, arena, cores.adjust)
+    runner = ModelRunner(model, arena, cores.share)
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint)
 
 
@@ -113,7 +114,7 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
     machine = await _in_own_thread(partial(build_machine, config))
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         parts = _assemble(config, machine, shape, channels, tasks)
-        member = WorkerMember(parts.member, parts.peers, begin_drain=lambda: lifecycle.stop("drain"))
+        member = WorkerMember(parts.member, parts.peers, begin_drain=partial(lifecycle.stop, "drain"))
         server = _server(config, parts, member)
         await server.start()
         parts.thread.start()
@@ -126,7 +127,7 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
         ]
         await lifecycle.stopped()
         member.is_draining = True
-        await server.drain(DRAIN_S)
+        await server.drain(lifecycle.grace_s(DRAIN_S))
         await server.stop()
         for task in background:
             task.cancel()

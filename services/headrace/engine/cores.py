@@ -41,7 +41,6 @@ class Cores:
             ConfigError: The file cannot be opened, or has no seat left.
         """
         self._most = threads or torch.get_num_threads()
-        self._threads = 0
         self._file: int | None = None
         if shared is not None:
             self._file, self._seat = _take_seat(shared)
@@ -56,7 +55,6 @@ class Cores:
         """Begin to compute."""
         if self._file is not None:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MOST_SEATS + self._seat)
-        self.adjust()
         return self
 
     def __exit__(
@@ -66,12 +64,9 @@ class Cores:
         if self._file is not None:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, MOST_SEATS + self._seat)
 
-    def adjust(self) -> None:
-        """Use the present share; cheap enough to be called for every layer (a few microseconds)."""
-        threads = max(1, self._most // (1 + self.num_others()))
-        if threads != self._threads:
-            self._threads = threads
-            torch.set_num_threads(threads)
+    def share(self) -> int:
+        """Return how many threads to use now; cheap enough to be asked for every layer (microseconds)."""
+        return max(1, self._most // (1 + self.num_others()))
 
     def num_others(self) -> int:
         """Return how many other workers compute now."""

@@ -20,13 +20,13 @@ class ModelRunner:
     Not safe for several threads: a step writes the arena.
     """
 
-    def __init__(self, model: Model, arena: KvArena, before_layer: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, model: Model, arena: KvArena, threads: Callable[[], int] | None = None) -> None:
         """Bind a model to its memory.
 
         Args:
             model: Weights and the computation over them.
             arena: Blocks of KV; written.
-            before_layer: Called in front of every layer of a step.
+            threads: Asked in front of every layer how many threads to use; None leaves it to torch.
 
         Raises:
             ValueError: The arena has another layout than the model's KV.
@@ -35,7 +35,7 @@ class ModelRunner:
             raise ValueError(f"the arena holds {arena.layout}, the model writes {model.kv_layout()}")
         self._model = model
         self._arena = arena
-        self._before_layer = before_layer
+        self._threads = threads
 
     @property
     def layout(self) -> KvLayout:
@@ -69,7 +69,7 @@ class ModelRunner:
             return torch.empty((0, self.vocab_size), device=self._model.device)
         for item in batch.items:
             self._check(item)
-        return self._model.decoder(self._inputs(batch.items), self._arena.data, self._before_layer)
+        return self._model.decoder(self._inputs(batch.items), self._arena.data, self._threads)
 
     def _check(self, item: BatchItem) -> None:
         count, needed = len(item.token_ids), blocks_for(item.kv_length, self.layout.block_tokens)

@@ -17,8 +17,13 @@ class WorkerRole(Enum):
 
 
 class Dtype(Enum):
-    """Precision of weights, activations and KV; sums are always fp32."""
+    """Precision of weights, activations and KV; sums are always fp32.
 
+    `auto` keeps weights in the quantised grid of the file, with KV in bf16 and activations finer than bf16, where
+    the device has kernels for it; else it is bf16.
+    """
+
+    AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
 
@@ -61,7 +66,7 @@ class WorkerConfig:
     grpc_port: int = 50061
     model: Path
     model_name: str | None = None
-    dtype: Dtype = Dtype.BF16
+    dtype: Dtype = Dtype.AUTO
     device: str = "cpu"
     threads: int = 0
     shared_cores: Path | None = None

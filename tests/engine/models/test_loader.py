@@ -130,10 +130,15 @@ def test_a_path_that_does_not_exist_and_an_unknown_dtype_are_refused(tmp_path):
         load_model(tmp_path, dtype=torch.float16, device=CPU)
 
 
-def test_a_fingerprint_changes_with_content_and_layout_but_not_with_the_name(tmp_path):
+def test_a_fingerprint_changes_with_content_layout_and_weights_but_not_with_the_name(tmp_path):
     for name, content in {"a": b"weights", "b": b"weights", "c": b"others"}.items():
         (tmp_path / name).write_bytes(content)
     narrow = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=8, dtype="bf16")
-    first = fingerprint([tmp_path / "a"], LAYOUT)
-    assert first == fingerprint([tmp_path / "b"], LAYOUT)
-    assert len({first, fingerprint([tmp_path / "c"], LAYOUT), fingerprint([tmp_path / "a"], narrow)}) == 3
+    first = fingerprint([tmp_path / "a"], LAYOUT, "bf16")
+    assert first == fingerprint([tmp_path / "b"], LAYOUT, "bf16")
+    others = [
+        fingerprint([tmp_path / "c"], LAYOUT, "bf16"),
+        fingerprint([tmp_path / "a"], narrow, "bf16"),
+        fingerprint([tmp_path / "a"], LAYOUT, "grid"),
+    ]
+    assert len({first, *others}) == 4

@@ -54,15 +54,13 @@ class Decoder:
         self._blocks = [_Block(builder, index, layer) for index, layer in enumerate(spec.layers)]
         self._head = builder.head()
 
-    def __call__(
-        self, step: StepInputs, arena: torch.Tensor, before_layer: Callable[[], None] = lambda: None
-    ) -> torch.Tensor:
+    def __call__(self, step: StepInputs, arena: torch.Tensor, threads: Callable[[], int] | None = None) -> torch.Tensor:
         """Compute a step and write its KV into the arena.
 
         Args:
             step: What to compute.
             arena: `[num_blocks, layers, 2, block_tokens, kv_heads, head_dim]`; written.
-            before_layer: Called in front of every layer and of the head.
+            threads: Asked in front of every layer and the head how many threads to use; None leaves it to torch.
 
         Returns:
             Logits `[samples, vocab]`, fp32.
@@ -71,10 +69,16 @@ class Decoder:
         residual = self._embed(step.token_ids)
         normed = self._first_norm(residual)
         for block, kv_view, rope in zip(self._blocks, arena.unbind(1), self._rope_of_layer, strict=True):
-            before_layer()
+            use_threads(threads)
             normed, residual = block(normed, residual, step, rotations[rope], kv_view)
-        before_layer()
+        use_threads(threads)
         return self._head(normed[step.sample_rows])
+
+
+def use_threads(threads: Callable[[], int] | None) -> None:
+    """Set torch's threads of the calling thread to what is asked for."""
+    if threads is not None and (count := threads()) != torch.get_num_threads():
+        torch.set_num_threads(count)
 
 
 class _Block:

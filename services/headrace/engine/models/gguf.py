@@ -6,11 +6,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from headrace.engine.models.spec import Architecture, ModelSpec, RopeSpec, architecture, layer_specs, require
 from headrace.engine.models.weights import MODEL_WEIGHTS, check_weight, layer_weights
 from headrace.errors import ConfigError
+from headrace_kernels.native import Grid
 
 
 class _Reader(GGUFReader):
@@ -49,6 +50,11 @@ class GgufFile:
         self._architecture = architecture(str(require(self._metadata, "general.architecture", str(path))))
         self.spec = self._read_spec(self._architecture)
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether any weight is in a grid that `read_grid` returns."""
+        return any(tensor.tensor_type in _GRIDS for tensor in self._tensors.values())
+
     def has(self, name: str, layer: int | None = None) -> bool:
         """Return whether the file holds the weight."""
         return self._file_name(name, layer, "weight") in self._tensors
@@ -65,6 +71,21 @@ class GgufFile:
         if heads is not None and self._architecture.is_permuted_in_gguf:
             return _halves_from_pairs(weight, heads)
         return weight
+
+    def read_grid(self, name: str, shape: tuple[int, int], layer: int | None = None) -> Grid | None:
+        """Return a weight in its own grid if the file keeps it as Q4_0, Q4_1 or Q8_0."""
+        file_name = self._file_name(name, layer, "weight")
+        tensor = self._tensors.get(file_name)
+        unpack = None if tensor is None else _GRIDS.get(tensor.tensor_type)
+        if tensor is None or unpack is None:
+            return None
+        blocks = torch.from_numpy(np.array(tensor.data)).view(shape[0], -1, tensor.data.shape[1] * 32 // shape[1])
+        check_weight(self._path, file_name, (blocks.shape[0], blocks.shape[1] * 32), shape)
+        grid = unpack(blocks)
+        heads = {"q": self.spec.num_heads, "k": self.spec.num_kv_heads}.get(name)
+        if heads is not None and self._architecture.is_permuted_in_gguf:
+            return grid.rows(_halves_from_pairs(torch.arange(shape[0]), heads))
+        return grid
 
     def _file_name(self, name: str, layer: int | None, kind: str) -> str:
         if layer is None:
@@ -147,6 +168,34 @@ class GgufFile:
         if default is not None and full_key not in self._metadata:
             return default
         return int(str(require(self._metadata, full_key, str(self._path))))
+
+
+def _int4(blocks: torch.Tensor, head_bytes: int) -> torch.Tensor:
+    """Return the codes of blocks of 32: the first 16 in low nibbles, the others in high ones."""
+    nibbles = blocks[:, :, head_bytes:]
+    return torch.cat([nibbles & 15, nibbles >> 4], dim=2).flatten(1)
+
+
+def _q4_0(blocks: torch.Tensor) -> Grid:
+    scales = blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2)
+    return Grid(codes=_int4(blocks, 2), scales=scales, minima=scales * -8)
+
+
+def _q4_1(blocks: torch.Tensor) -> Grid:
+    scales, minima = blocks[:, :, :4].contiguous().view(torch.float16).unbind(2)
+    return Grid(codes=_int4(blocks, 4), scales=scales, minima=minima)
+
+
+def _q8_0(blocks: torch.Tensor) -> Grid:
+    scales = blocks[:, :, :2].contiguous().view(torch.float16).squeeze(2)
+    return Grid(codes=blocks[:, :, 2:].contiguous().view(torch.int8).flatten(1), scales=scales, minima=None)
+
+
+_GRIDS = {
+    GGMLQuantizationType.Q4_0: _q4_0,
+    GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q8_0: _q8_0,
+}
 
 
 def _halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:

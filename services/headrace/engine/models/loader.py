@@ -9,6 +9,7 @@ from headrace.core.block import KvLayout
 from headrace.engine.models.decoder import Decoder, build_decoder
 from headrace.engine.models.fingerprint import fingerprint
 from headrace.engine.models.gguf import GgufFile
+from headrace.engine.models.native import NativeDecoder, can_run
 from headrace.engine.models.safetensors import SafetensorsFolder, weight_files
 from headrace.engine.models.spec import ModelSpec
 from headrace.errors import ConfigError
@@ -25,15 +26,17 @@ class Model:
         spec: What it is made of.
         decoder: Its weights and computation.
         files: Files that decide its weights.
-        dtype: Dtype of weights, activations and KV.
+        dtype: Dtype of KV, and of weights and activations unless the decoder has finer ones.
         device: Where it computes.
+        is_quantised: Whether weights are in the quantised grid of the files.
     """
 
     spec: ModelSpec
-    decoder: Decoder
+    decoder: Decoder | NativeDecoder
     files: tuple[Path, ...]
     dtype: torch.dtype
     device: torch.device
+    is_quantised: bool = False
 
     def kv_layout(self, block_tokens: int = 16) -> KvLayout:
         """Return the form of its KV blocks."""
@@ -47,16 +50,21 @@ class Model:
 
     def fingerprint(self, layout: KvLayout) -> str:
         """Return the digest of weights, layout, dtype and kernels; reads the files."""
-        return fingerprint(self.files, layout)
+        return fingerprint(self.files, layout, "grid" if self.is_quantised else DTYPE_NAMES[self.dtype])
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Model:
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, quantised: bool = False) -> Model:
     """Load a model.
+
+    On a CPU without bf16 instructions, and for quantised weights on any CPU, the C++ kernels compute where they
+    can: with fp32 activations, so never coarser than what was asked for.
 
     Args:
         path: A `.gguf` file, a folder with `config.json` and `*.safetensors`, or a folder with one `.gguf` file.
         dtype: torch.float32 or torch.bfloat16.
         device: Where weights go.
+        quantised: Whether weights stay in the quantised grid of the files, if they have one and the device has
+            kernels for it; takes less memory and time than bf16 and rounds nothing.
 
     Raises:
         ConfigError: The path holds no model that can be served; the message says what was found.
@@ -64,6 +72,13 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Model
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"wanted dtype {' or '.join(DTYPE_NAMES.values())}; found {dtype}", field="dtype")
     source, files = _open(path)
+    is_native = dtype == torch.bfloat16 and device.type == "cpu" and can_run(source.spec)
+    is_quantised = is_native and quantised and source.has_grid
+    if is_quantised or (is_native and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        native = NativeDecoder(source.spec, source, quantised=is_quantised, most_threads=torch.get_num_threads())
+        return Model(
+            spec=source.spec, decoder=native, files=files, dtype=dtype, device=device, is_quantised=is_quantised
+        )
     decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
     return Model(spec=source.spec, decoder=decoder, files=files, dtype=dtype, device=device)
 

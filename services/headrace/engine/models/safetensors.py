@@ -81,9 +81,17 @@ class SafetensorsFolder:
                 raise ConfigError(f"{file}: wanted a safetensors file; {error}", field="model") from error
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether any weight is in a quantised grid: none is."""
+        return False
+
     def has(self, name: str, layer: int | None = None) -> bool:
         """Return whether the files hold the weight."""
         return self._file_name(name, layer, "weight") in self._files
+
+    def read_grid(self, name: str, shape: tuple[int, int], layer: int | None = None) -> None:
+        """Return None: these files keep weights in no grid."""
 
     def read(
         self, name: str, shape: tuple[int, ...], layer: int | None = None, *, kind: str = "weight"

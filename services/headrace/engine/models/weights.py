@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from headrace.errors import ConfigError
+from headrace_kernels.native import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,11 @@ def layer_weights(*, has_post_norms: bool) -> dict[str, FileNames]:
 class WeightSource(Protocol):
     """Reads weights of one model by the names above."""
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether any weight is in a grid that `read_grid` returns."""
+        ...
+
     def has(self, name: str, layer: int | None = None) -> bool:
         """Return whether the files hold the weight."""
         ...
@@ -67,6 +73,17 @@ class WeightSource(Protocol):
 
         Raises:
             ConfigError: It is missing or has another shape; the message names it as the file does.
+        """
+        ...
+
+    def read_grid(self, name: str, shape: tuple[int, int], layer: int | None = None) -> Grid | None:
+        """Return a weight in the quantised grid that the files keep it in, rows as `read` orders them.
+
+        Returns:
+            None if the files keep it in no grid of `headrace_kernels.native`, or have it not at all.
+
+        Raises:
+            ConfigError: It has another shape.
         """
         ...
 

@@ -1,0 +1,414 @@
+// Attention of a step, tile by tile, with the running softmax of FlashAttention-2 (arXiv:2307.08691, section 3.1)
+// and cuts along the keys as in Flash-Decoding where few sequences have many entries.
+#include "attend.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "lanes.h"
+#include "linear.h"
+#include "tile.h"
+
+namespace headrace {
+namespace {
+
+constexpr int64_t kKeys = 64;         // keys of a tile
+constexpr int64_t kQueries = 32;      // tokens of a chunk that share a tile of keys
+constexpr int64_t kFewRows = 6;       // queries of a tile that read keys without spreading them
+constexpr int64_t kSplitKeys = 512;   // fewest entries of a cut along the keys
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+int64_t entry_stride(const Attend& layer) { return static_cast<int64_t>(layer.kv_heads) * layer.head_dim; }
+
+// First element of a layer's keys (kind 0) or values (1) of one block.
+uint16_t* block_of(const Step& step, const Attend& layer, int64_t block, int kind) {
+    const int64_t kind_size = step.block_tokens * entry_stride(layer);
+    return step.arena + ((block * step.num_layers + layer.layer) * 2 + kind) * kind_size;
+}
+
+void rotate(float* head, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const F8 a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+        store(head + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+        store(head + half + i, fma(b, c, _mm256_mul_ps(a, s)));
+    }
+}
+
+// Turns queries and keys of one row and writes its keys and values.
+void write_row(const Attend& layer, const Step& step, const Scratch& scratch, int64_t row) {
+    const int64_t dim = layer.head_dim, half = dim / 2;
+    const float* cos = scratch.rotation.get() + (layer.rope * step.num_rows + row) * dim;
+    float* qkv = step.buffers[layer.source] + row * (layer.heads + 2 * layer.kv_heads) * dim;
+    for (int64_t head = 0; head < layer.heads + layer.kv_heads; ++head) {
+        const float* norm = head < layer.heads ? layer.q_norm : layer.k_norm;
+        if (norm != nullptr) normalise(qkv + head * dim, norm, layer.norm_eps, dim, qkv + head * dim);
+        rotate(qkv + head * dim, cos, cos + half, half);
+    }
+    for (int kind = 0; kind < 2; ++kind) {
+        const float* from = qkv + (layer.heads + kind * layer.kv_heads) * dim;
+        uint16_t* to = block_of(step, layer, step.write_blocks[row], kind) + step.write_slots[row] * entry_stride(layer);
+        for (int64_t i = 0; i < entry_stride(layer); ++i) to[i] = to_bf16(from[i]);
+    }
+}
+
+// out[dim][kKeys] = keys of one head, transposed; entries from `count` on are zero.
+void transpose8(const F8 (&in)[8], float* out, int64_t stride) {
+    F8 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        store(out + i * stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+        store(out + (i + 4) * stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    }
+}
+
+// Memory of one thread for a tile.
+struct Work {
+    float* queries;   // [rows][dim], scaled
+    float* scores;    // [rows][kKeys]
+    float* sums;      // [rows][dim]
+    float* most;      // [rows]
+    float* total;     // [rows]
+    float* keys;      // [dim][kKeys]
+    float* values;    // [kKeys][dim]
+};
+
+Work work_for(Room<float>& room, int64_t rows, int64_t dim) {
+    const int64_t padded = (rows + 7) / 8 * 8;
+    float* at = room.at_least(padded * (2 * dim + kKeys + 2) + 2 * dim * kKeys);
+    Work work{};
+    work.queries = at;
+    work.scores = work.queries + padded * dim;
+    work.sums = work.scores + padded * kKeys;
+    work.most = work.sums + padded * dim;
+    work.total = work.most + padded;
+    work.keys = work.total + padded;
+    work.values = work.keys + dim * kKeys;
+    return work;
+}
+
+// Where the entries of one tile lie.
+struct Keys {
+    int64_t count;
+    const uint16_t* keys[kKeys];
+    const uint16_t* values[kKeys];
+    int32_t positions[kKeys];
+};
+
+// Finds `count` entries from `begin` on and asks for their memory.
+void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t kv_head, int64_t begin, int64_t count,
+               Keys& found) {
+    const int64_t dim = layer.head_dim, stride = entry_stride(layer);
+    const int64_t* table = step.block_tables + sequence * step.table_width;
+    found.count = count;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t entry = begin + i, block = table[entry / step.block_tokens], slot = entry % step.block_tokens;
+        found.keys[i] = block_of(step, layer, block, 0) + slot * stride + kv_head * dim;
+        found.values[i] = block_of(step, layer, block, 1) + slot * stride + kv_head * dim;
+        for (int64_t d = 0; d < dim; d += 32) {
+            _mm_prefetch(reinterpret_cast<const char*>(found.keys[i] + d), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(found.values[i] + d), _MM_HINT_T0);
+        }
+        found.positions[i] = step.slot_positions == nullptr ? static_cast<int32_t>(entry)
+                                                            : step.slot_positions[block * step.block_tokens + slot];
+    }
+}
+
+// Spreads a tile to fp32, keys transposed; what it lacks is zero.
+void spread(const Keys& found, int64_t dim, const Work& work) {
+    for (int64_t i = 0; i < found.count; ++i)
+        for (int64_t d = 0; d < dim; d += kLanes) store(work.values + i * dim + d, load_bf16(found.values[i] + d));
+    for (int64_t i = 0; i < kKeys; i += 8) {
+        for (int64_t d = 0; d < dim; d += 8) {
+            F8 rows[8];
+            for (int j = 0; j < 8; ++j) rows[j] = i + j < found.count ? load_bf16(found.keys[i + j] + d) : zero();
+            transpose8(rows, work.keys + d * kKeys + i, kKeys);
+        }
+    }
+}
+
+// Sixteen bf16 as their even and odd elements in fp32: a shift and a mask.
+void load_halves(const uint16_t* p, F8& even, F8& odd) {
+    const I8 x = _mm256_loadu_si256(reinterpret_cast<const I8*>(p));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// The sums of eight vectors.
+F8 sums_of(const F8 (&x)[8]) {
+    const F8 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const F8 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// Scores of R queries, whose elements lie as `load_halves` gives them.
+template <int R>
+void score_few(const Keys& found, const float* queries, int64_t dim, float* scores) {
+    for (int64_t begin = 0; begin < found.count; begin += 8) {
+        F8 parts[R][8];
+        for (int64_t i = 0; i < 8; ++i) {
+            const uint16_t* key = found.keys[std::min(begin + i, found.count - 1)];
+            F8 even_sum[R], odd_sum[R];
+            for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
+            for (int64_t d = 0; d < dim; d += 16) {
+                F8 even, odd;
+                load_halves(key + d, even, odd);
+                for (int r = 0; r < R; ++r) {
+                    even_sum[r] = fma(even, load(queries + r * dim + d), even_sum[r]);
+                    odd_sum[r] = fma(odd, load(queries + r * dim + d + kLanes), odd_sum[r]);
+                }
+            }
+            for (int r = 0; r < R; ++r) parts[r][i] = _mm256_add_ps(even_sum[r], odd_sum[r]);
+        }
+        for (int r = 0; r < R; ++r) store(scores + r * kKeys + begin, sums_of(parts[r]));
+    }
+}
+
+// Adds weighted values to R sums, in the order of `load_halves`.
+template <int R>
+void weigh_few(const Keys& found, const float* weights, int64_t dim, float* sums) {
+    for (int64_t d = 0; d < dim; d += 16) {
+        F8 acc[R][2];
+        for (int r = 0; r < R; ++r) {
+            acc[r][0] = load(sums + r * dim + d);
+            acc[r][1] = load(sums + r * dim + d + kLanes);
+        }
+        for (int64_t i = 0; i < found.count; ++i) {
+            F8 even, odd;
+            load_halves(found.values[i] + d, even, odd);
+            for (int r = 0; r < R; ++r) {
+                const F8 weight = _mm256_broadcast_ss(weights + r * kKeys + i);
+                acc[r][0] = fma(even, weight, acc[r][0]);
+                acc[r][1] = fma(odd, weight, acc[r][1]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            store(sums + r * dim + d, acc[r][0]);
+            store(sums + r * dim + d + kLanes, acc[r][1]);
+        }
+    }
+}
+
+// Calls work.template operator()<rows>(), rows from 1 to kFewRows.
+template <typename F>
+void with_rows(int64_t rows, const F& work) {
+    switch (rows) {
+        case 1: return work.template operator()<1>();
+        case 2: return work.template operator()<2>();
+        case 3: return work.template operator()<3>();
+        case 4: return work.template operator()<4>();
+        case 5: return work.template operator()<5>();
+        default: return work.template operator()<6>();
+    }
+}
+
+// From [even 8][odd 8] per 16 elements to their order, or back.
+void interleave(float* x, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) {
+        const F8 low = _mm256_unpacklo_ps(load(x + d), load(x + d + kLanes));
+        const F8 high = _mm256_unpackhi_ps(load(x + d), load(x + d + kLanes));
+        store(x + d, _mm256_permute2f128_ps(low, high, 0x20));
+        store(x + d + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+    }
+}
+
+void deinterleave(float* x, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) {
+        const F8 a = load(x + d), b = load(x + d + kLanes);
+        const F8 even = _mm256_shuffle_ps(a, b, 0x88), odd = _mm256_shuffle_ps(a, b, 0xdd);
+        store(x + d, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8)));
+        store(x + d + kLanes, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8)));
+    }
+}
+
+bool is_hidden(const Attend& layer, int64_t query, int64_t key) {
+    return key > query || (layer.window > 0 && query - key >= layer.window);
+}
+
+// Whether every query of a tile sees every one of these keys; positions are indices.
+bool is_seen_by_all(const Attend& layer, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    return end - 1 <= first && (layer.window == 0 || last - begin < layer.window);
+}
+
+// Adds one tile of keys to the running softmax.
+void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Keys& found, bool is_masked,
+              const Work& work) {
+    const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
+    const int64_t count = found.count;
+    const bool is_few = rows <= kFewRows;
+    if (is_few) {
+        with_rows(rows, [&]<int R>() { score_few<R>(found, work.queries, dim, work.scores); });
+    } else {
+        spread(found, dim, work);
+        std::fill(work.scores, work.scores + rows * kKeys, 0.0f);
+        for (int64_t key = 0; key < count; key += kPanel)
+            add_product(rows, work.queries, dim, work.keys + key, kKeys, work.scores + key, kKeys, dim);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        float* scores = work.scores + row * kKeys;
+        if (layer.soft_cap > 0)
+            for (int64_t i = 0; i < kKeys; i += kLanes)
+                store(scores + i, _mm256_mul_ps(tanh(_mm256_div_ps(load(scores + i), all(layer.soft_cap))),
+                                                all(layer.soft_cap)));
+        if (is_masked) {
+            const int64_t query = step.positions[tile.first_row + row / group];
+            for (int64_t i = 0; i < count; ++i)
+                if (is_hidden(layer, query, found.positions[i])) scores[i] = kHidden;
+        }
+        for (int64_t i = count; i < kKeys; ++i) scores[i] = kHidden;
+        F8 most = load(scores);
+        for (int64_t i = kLanes; i < kKeys; i += kLanes) most = _mm256_max_ps(most, load(scores + i));
+        const float before = work.most[row], now = std::max(before, greatest(most));
+        if (now == kHidden) {
+            std::fill(scores, scores + kKeys, 0.0f);
+            continue;
+        }
+        F8 total = zero();
+        for (int64_t i = 0; i < kKeys; i += kLanes) {
+            const F8 weight = exp(_mm256_sub_ps(load(scores + i), all(now)));
+            store(scores + i, weight);
+            total = _mm256_add_ps(total, weight);
+        }
+        const float factor = before == kHidden ? 0.0f : std::exp(before - now);
+        work.total[row] = work.total[row] * factor + sum(total);
+        work.most[row] = now;
+        if (factor != 1.0f)
+            for (int64_t d = 0; d < dim; d += kLanes)
+                store(work.sums + row * dim + d, _mm256_mul_ps(load(work.sums + row * dim + d), all(factor)));
+    }
+    if (is_few) {
+        with_rows(rows, [&]<int R>() { weigh_few<R>(found, work.scores, dim, work.sums); });
+        return;
+    }
+    for (int64_t d = 0; d < dim; d += kPanel)
+        add_product(rows, work.scores, kKeys, work.values + d, dim, work.sums + d, dim, count);
+}
+
+// Attends for the queries of one tile and one KV head.
+void attend(const Attend& layer, const Step& step, const Tile& tile, int64_t kv_head, Scratch& scratch,
+            ThreadRoom& room) {
+    const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
+    const int64_t width = layer.heads + 2 * layer.kv_heads;
+    const Work work = work_for(room.attend, rows, dim);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t head = kv_head * group + row % group;
+        const float* q = step.buffers[layer.source] + ((tile.first_row + row / group) * width + head) * dim;
+        for (int64_t d = 0; d < dim; d += kLanes)
+            store(work.queries + row * dim + d, _mm256_mul_ps(load(q + d), all(layer.scale)));
+        if (rows <= kFewRows) deinterleave(work.queries + row * dim, dim);
+    }
+    std::fill(work.sums, work.sums + rows * dim, 0.0f);
+    std::fill(work.most, work.most + rows, kHidden);
+    std::fill(work.total, work.total + rows, 0.0f);
+    const bool is_ordered = step.slot_positions == nullptr;
+    const int64_t first = step.positions[tile.first_row], last = step.positions[tile.first_row + tile.num_rows - 1];
+    const int64_t end = is_ordered ? std::min(tile.kv_end, last + 1) : tile.kv_end;
+    int64_t begin = tile.kv_begin;
+    if (is_ordered && layer.window > 0 && first >= begin + layer.window)
+        begin += (first - layer.window + 1 - begin) / kKeys * kKeys;
+    Keys found[2];  // the next tile travels from memory while this one is computed
+    if (begin < end) find_keys(layer, step, tile.sequence, kv_head, begin, std::min(kKeys, end - begin), found[0]);
+    for (int turn = 0; begin < end; begin += kKeys, turn ^= 1) {
+        const int64_t next = begin + kKeys;
+        if (next < end)
+            find_keys(layer, step, tile.sequence, kv_head, next, std::min(kKeys, end - next), found[turn ^ 1]);
+        const int64_t count = found[turn].count;
+        const bool is_masked = !is_ordered || !is_seen_by_all(layer, first, last, begin, begin + count);
+        add_keys(layer, step, tile, found[turn], is_masked, work);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t head = kv_head * group + row % group;
+        if (rows <= kFewRows) interleave(work.sums + row * dim, dim);
+        if (tile.part >= 0) {
+            float* out = scratch.partial.get() + (tile.part * layer.heads + head) * (dim + 2);
+            std::copy(work.sums + row * dim, work.sums + (row + 1) * dim, out);
+            out[dim] = work.most[row];
+            out[dim + 1] = work.total[row];
+            continue;
+        }
+        float* out = step.buffers[layer.target] + ((tile.first_row + row / group) * layer.heads + head) * dim;
+        const F8 factor = all(work.total[row] > 0 ? 1.0f / work.total[row] : 0.0f);
+        for (int64_t d = 0; d < dim; d += kLanes) store(out + d, _mm256_mul_ps(load(work.sums + row * dim + d), factor));
+    }
+}
+
+// Joins the parts of a tile of one query for one head.
+void merge(const Attend& layer, const Step& step, const Scratch& scratch, const Tile& tile, int64_t head) {
+    const int64_t dim = layer.head_dim, stride = layer.heads * (dim + 2);
+    const float* parts = scratch.partial.get() + tile.part * stride + head * (dim + 2);
+    float most = kHidden, total = 0.0f;
+    for (int64_t i = 0; i < tile.parts; ++i) most = std::max(most, parts[i * stride + dim]);
+    float* out = step.buffers[layer.target] + (tile.first_row * layer.heads + head) * dim;
+    std::fill(out, out + dim, 0.0f);
+    if (most == kHidden) return;
+    for (int64_t i = 0; i < tile.parts; ++i) {
+        const float* part = parts + i * stride;
+        const float factor = std::exp(part[dim] - most);
+        total += factor * part[dim + 1];
+        for (int64_t d = 0; d < dim; ++d) out[d] += factor * part[d];
+    }
+    for (int64_t d = 0; d < dim; ++d) out[d] /= total;
+}
+
+}  // namespace
+
+void plan_attend(const Step& step, int threads, int kv_heads, Scratch& scratch) {
+    const int64_t half = step.rope_size;
+    float* rotation = scratch.rotation.at_least(step.num_ropes * step.num_rows * 2 * half);
+    for (int64_t rope = 0; rope < step.num_ropes; ++rope) {
+        for (int64_t row = 0; row < step.num_rows; ++row, rotation += 2 * half) {
+            for (int64_t i = 0; i < half; ++i) {
+                const double angle = static_cast<double>(step.positions[row]) * step.frequencies[rope * half + i];
+                rotation[i] = static_cast<float>(std::cos(angle));
+                rotation[half + i] = static_cast<float>(std::sin(angle));
+            }
+        }
+    }
+    scratch.tiles.clear();
+    scratch.num_parts = 0;
+    const bool is_scarce = threads > 1 && step.num_sequences * kv_heads < 4 * threads;
+    for (int64_t s = 0; s < step.num_sequences; ++s) {
+        const int64_t begin = step.cu_seqlens[s], end = step.cu_seqlens[s + 1], entries = step.kv_lengths[s];
+        if (end - begin == 1 && is_scarce && entries >= 2 * kSplitKeys) {
+            const int64_t parts = std::min<int64_t>(entries / kSplitKeys, 2 * threads);
+            const int64_t size = ((entries + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
+            const int64_t used = (entries + size - 1) / size;
+            for (int64_t i = 0; i < used; ++i)
+                scratch.tiles.push_back({s, begin, 1, i * size, std::min(entries, (i + 1) * size),
+                                         scratch.num_parts + i, i == 0 ? used : 0});
+            scratch.num_parts += used;
+            continue;
+        }
+        // Backwards: the last queries see most keys, and the longest work should begin first.
+        for (int64_t row = begin + (end - begin - 1) / kQueries * kQueries; row >= begin; row -= kQueries)
+            scratch.tiles.push_back({s, row, std::min(kQueries, end - row), 0, entries, -1, 0});
+    }
+}
+
+void run_attend(const Attend& layer, const Step& step, Scratch& scratch, Worker& worker) {
+    for (int64_t row = worker.index; row < step.num_rows; row += worker.count) write_row(layer, step, scratch, row);
+    if (worker.index == 0) scratch.partial.at_least(scratch.num_parts * layer.heads * (layer.head_dim + 2));
+    worker.barrier();
+    ThreadRoom& room = scratch.thread[static_cast<size_t>(worker.index)];
+    const int64_t tiles = static_cast<int64_t>(scratch.tiles.size());
+    for (int64_t item; (item = worker.claim(1)) < tiles * layer.kv_heads;)
+        attend(layer, step, scratch.tiles[static_cast<size_t>(item / layer.kv_heads)], item % layer.kv_heads, scratch,
+               room);
+    worker.barrier();
+    if (scratch.num_parts == 0) return;
+    for (const Tile& tile : scratch.tiles)
+        if (tile.parts > 0)
+            for (int64_t head = worker.index; head < layer.heads; head += worker.count)
+                merge(layer, step, scratch, tile, head);
+    worker.barrier();
+}
+
+}  // namespace headrace

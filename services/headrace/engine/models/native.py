@@ -1,0 +1,217 @@
+"""The decoder on a CPU, run by the C++ kernels: fp32 activations over quantised or bf16 weights, bf16 KV."""
+
+from collections.abc import Callable
+
+import torch
+
+from headrace.engine.models.decoder import StepInputs
+from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec
+from headrace.engine.models.weights import WeightSource
+from headrace_kernels import native
+from headrace_kernels.native import Buffer, Grid, abi
+from headrace_kernels.native.machine import Panels, buffers
+from headrace_kernels.native.pack import BLOCK
+
+_GATES = {Activation.SILU: abi.Epilogue.SILU, Activation.GELU: abi.Epilogue.GELU}
+
+
+def can_run(spec: ModelSpec) -> bool:
+    """Return whether the kernels have all that a model needs, on this machine."""
+    sizes = (spec.hidden_size, spec.mlp_size, spec.num_heads * spec.head_dim)
+    fits = all(size % BLOCK == 0 for size in sizes) and spec.head_dim % 16 == 0
+    return fits and native.is_available()
+
+
+class NativeDecoder:
+    """The same computation as `headrace.engine.models.decoder.Decoder`, one library call per layer."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool, most_threads: int) -> None:
+        """Read and pack all weights.
+
+        Args:
+            spec: A model that `can_run` accepts.
+            source: Its weights.
+            quantised: Whether weights stay in the grid of the file where it has one; else they become bf16.
+            most_threads: Threads to start.
+
+        Raises:
+            ConfigError: A weight is missing or has another shape.
+            NativeUnavailable: This machine cannot run the kernels.
+        """
+        self._spec = spec
+        self._machine = native.Machine(most_threads)
+        self._all_threads = lambda: most_threads
+        builder = _Builder(spec, source, quantised=quantised)
+        self._program = builder.build()
+        self._operations = self._program.operations()
+        self._layer_ends = builder.layer_ends
+        ropes = builder.ropes
+        self._frequencies = torch.stack([rope.inverse_frequencies(spec.head_dim) for rope in ropes])
+        qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        attended = spec.num_heads * spec.head_dim
+        self._widths = [spec.hidden_size, qkv, attended, spec.mlp_size, spec.hidden_size]
+        self._buffers: list[torch.Tensor] = []
+
+    def __call__(self, step: StepInputs, arena: torch.Tensor, threads: Callable[[], int] | None = None) -> torch.Tensor:
+        """Compute a step; see `Decoder.__call__`."""
+        if torch.get_num_threads() != 1:
+            torch.set_num_threads(1)  # torch's helpers would spin on the cores that the kernels' team computes on
+        share = threads or self._all_threads
+        logits = torch.empty((step.sample_rows.shape[0], self._spec.vocab_size))
+        described = self._describe(step, arena, logits)
+        self._machine.begin(described, share(), self._spec.num_kv_heads)
+        begin = 0
+        for end in self._layer_ends:
+            self._machine.run(self._operations, begin, end - begin, described, share())
+            begin = end
+        cap = self._spec.logit_soft_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _describe(self, step: StepInputs, arena: torch.Tensor, logits: torch.Tensor) -> abi.Step:
+        rows = step.token_ids.shape[0]
+        if not self._buffers or self._buffers[0].shape[0] < rows:
+            self._buffers = [torch.empty((rows, width)) for width in self._widths]
+        plan = step.attend
+        slots = plan.slot_positions
+        return abi.Step(
+            num_rows=rows,
+            num_sequences=plan.kv_lengths.shape[0],
+            num_samples=step.sample_rows.shape[0],
+            table_width=plan.block_tables.shape[1],
+            token_ids=step.token_ids.data_ptr(),
+            positions=step.positions.data_ptr(),
+            write_blocks=step.write.blocks.data_ptr(),
+            write_slots=step.write.slots.data_ptr(),
+            cu_seqlens=plan.cu_seqlens.data_ptr(),
+            block_tables=plan.block_tables.data_ptr(),
+            kv_lengths=plan.kv_lengths.data_ptr(),
+            sample_rows=step.sample_rows.data_ptr(),
+            slot_positions=None if slots is None else slots.data_ptr(),
+            arena=arena.data_ptr(),
+            num_layers=arena.shape[1],
+            block_tokens=arena.shape[3],
+            buffers=buffers(*self._buffers, logits),
+            num_ropes=self._frequencies.shape[0],
+            frequencies=self._frequencies.data_ptr(),
+            rope_size=self._frequencies.shape[1],
+        )
+
+
+class _Builder:
+    """Writes the program of a model, layer by layer, in the order of `decoder.py`."""
+
+    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool) -> None:
+        self._spec = spec
+        self._source = source
+        self._quantised = quantised
+        self._program = native.Program()
+        self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        self.layer_ends: list[int] = []
+
+    def build(self) -> native.Program:
+        """Return the program; `layer_ends` then tells where each layer ends."""
+        spec = self._spec
+        table_shape = (spec.vocab_size, spec.hidden_size)
+        table = Panels(self._weight("embedding", table_shape))
+        scale = spec.hidden_size**0.5 if spec.architecture.scales_embedding else 1.0
+        self._program.embed(table, Buffer.HIDDEN, scale)
+        for index, layer in enumerate(spec.layers):
+            self._attention(index, layer)
+            self._mlp(index)
+            self.layer_ends.append(len(self._program))
+        head = table if spec.is_tied else Panels(self._weight("head", table_shape))
+        self._program.linear(head, Buffer.HIDDEN, Buffer.LOGITS, norm=self._norm("norm"))
+        self.layer_ends.append(len(self._program))
+        return self._program
+
+    def _attention(self, index: int, layer: LayerSpec) -> None:
+        spec = self._spec
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        qkv = self._weights({"q": q_size, "k": kv_size, "v": kv_size}, spec.hidden_size, index)
+        bias = self._biases({"q": q_size, "k": kv_size, "v": kv_size}, index) if spec.has_qkv_bias else None
+        self._program.linear(
+            Panels(qkv), Buffer.HIDDEN, Buffer.QKV, norm=self._norm("attention_norm", index), bias=bias
+        )
+        has_head_norms = spec.architecture.has_qk_norm
+        self._program.attend(
+            abi.Attend(
+                heads=spec.num_heads,
+                kv_heads=spec.num_kv_heads,
+                head_dim=spec.head_dim,
+                layer=index,
+                rope=self.ropes.index(layer.rope),
+                window=layer.window or 0,
+                source=Buffer.QKV,
+                target=Buffer.ATTENDED,
+                scale=spec.attention_scale,
+                soft_cap=spec.attention_soft_cap or 0.0,
+                norm_eps=spec.norm_eps,
+            ),
+            self._norm("q_norm", index, spec.head_dim)[0] if has_head_norms else None,
+            self._norm("k_norm", index, spec.head_dim)[0] if has_head_norms else None,
+        )
+        output = self._weights({"output": spec.hidden_size}, q_size, index)
+        bias = self._biases({"output": spec.hidden_size}, index) if spec.has_output_bias else None
+        self._add(Panels(output), Buffer.ATTENDED, bias, "attention_post_norm", index)
+
+    def _mlp(self, index: int) -> None:
+        spec = self._spec
+        gate = self._weight("gate", (spec.mlp_size, spec.hidden_size), index)
+        up = self._weight("up", (spec.mlp_size, spec.hidden_size), index)
+        bias = None
+        if spec.has_mlp_bias:
+            bias = native.interleave(self._bias("gate", spec.mlp_size, index), self._bias("up", spec.mlp_size, index))
+        self._program.linear(
+            Panels(_gated(gate, up)),
+            Buffer.HIDDEN,
+            Buffer.GATED,
+            epilogue=_GATES[spec.activation],
+            norm=self._norm("mlp_norm", index),
+            bias=bias,
+        )
+        down = self._weights({"down": spec.hidden_size}, spec.mlp_size, index)
+        bias = self._bias("down", spec.hidden_size, index) if spec.has_mlp_bias else None
+        self._add(Panels(down), Buffer.GATED, bias, "mlp_post_norm", index)
+
+    def _add(self, panels: Panels, source: Buffer, bias: torch.Tensor | None, post_norm: str, index: int) -> None:
+        """Project and add to the residual, through a norm in models with post norms."""
+        if not self._spec.architecture.has_post_norms:
+            self._program.linear(panels, source, Buffer.HIDDEN, epilogue=abi.Epilogue.ADD, bias=bias)
+            return
+        self._program.linear(panels, source, Buffer.PROJECTED, bias=bias)
+        self._program.norm_add(Buffer.PROJECTED, Buffer.HIDDEN, *self._norm(post_norm, index))
+
+    def _norm(self, name: str, layer: int | None = None, size: int | None = None) -> tuple[torch.Tensor, float]:
+        shape = (self._spec.hidden_size if size is None else size,)
+        return self._source.read(name, shape, layer).float() + self._spec.norm_offset, self._spec.norm_eps
+
+    def _weights(self, sizes: dict[str, int], in_size: int, layer: int) -> Grid | torch.Tensor:
+        """Return weights below each other, in their grid if all have the same."""
+        parts = [self._weight(name, (size, in_size), layer) for name, size in sizes.items()]
+        grids = [part for part in parts if isinstance(part, Grid)]
+        joined = native.join(grids) if len(grids) == len(parts) else None
+        return torch.cat([_dense(part) for part in parts]) if joined is None else joined
+
+    def _weight(self, name: str, shape: tuple[int, int], layer: int | None = None) -> Grid | torch.Tensor:
+        grid = self._source.read_grid(name, shape, layer) if self._quantised else None
+        return self._source.read(name, shape, layer) if grid is None else grid
+
+    def _biases(self, sizes: dict[str, int], layer: int) -> torch.Tensor:
+        return torch.cat([self._bias(name, size, layer) for name, size in sizes.items()])
+
+    def _bias(self, name: str, size: int, layer: int) -> torch.Tensor:
+        return self._source.read(name, (size,), layer, kind="bias").float()
+
+
+def _dense(weight: Grid | torch.Tensor) -> torch.Tensor:
+    return weight.dequantise() if isinstance(weight, Grid) else weight
+
+
+def _gated(gate: Grid | torch.Tensor, up: Grid | torch.Tensor) -> Grid | torch.Tensor:
+    """Return gate and up in the order of gated epilogues."""
+    if isinstance(gate, Grid) and isinstance(up, Grid):
+        joined = native.join([gate, up])
+        if joined is not None:
+            index = torch.arange(gate.codes.shape[0])
+            return joined.rows(native.interleave(index, index + gate.codes.shape[0]))
+    return native.interleave(_dense(gate), _dense(up))

@@ -1,0 +1,38 @@
+"""Programs of native operations on small tensors."""
+
+import ctypes
+
+import pytest
+import torch
+
+from headrace_kernels import native
+from headrace_kernels.native import Buffer, abi
+from headrace_kernels.native.machine import buffers
+
+THREADS = 3
+
+
+@pytest.fixture(scope="session")
+def machine():
+    made = native.Machine(THREADS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def run(machine):
+    """Run a program over buffers given by name; the others are of one element."""
+
+    def run_program(program, named, *, threads=THREADS, **fields):
+        tensors = [named.get(buffer, torch.zeros(1)) for buffer in Buffer]
+        assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
+        held = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        numbers = {name: value for name, value in fields.items() if name not in held}
+        addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
+        step = abi.Step(buffers=buffers(*tensors), **numbers, **addresses)
+        operations = program.operations()
+        machine.begin(step, threads, 1)
+        machine.run(operations, 0, len(program), step, threads)
+        assert ctypes.sizeof(operations) == len(program) * ctypes.sizeof(abi.Op)
+
+    return run_program
