@@ -8,7 +8,7 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
-from headrace.errors import BlockLost, DeadlineExceeded, InvalidRequest, NotReady, PeerMismatch
+from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest, NotReady, PeerMismatch
 from headrace.kvstore.actor import (
     NUM_KEPT_BLOCKS,
     AcquireGet,
@@ -182,6 +182,29 @@ async def test_a_forgotten_worker_is_out_of_the_index(store):
     assert store.actor.view().num_indexed == 1
     await store.forget("w")
     assert await store.match(names(7)) == {}
+
+
+async def test_a_store_that_leaves_grants_nothing_and_waits_for_the_leases_it_gave(store):
+    await store.meet()
+    put = await store.reserve(names(1))
+    draining = asyncio.create_task(store.actor.drain(1.0))
+    assert await store.match([]) == {}
+    for verb in (store.reserve, store.acquire):
+        with pytest.raises(Draining):
+            await verb(names(2))
+    assert not draining.done()
+    assert await store.commit(put.lease_id) == 1
+    assert await draining == 0
+
+
+async def test_a_store_that_leaves_waits_no_longer_than_its_grace(store):
+    await store.meet()
+    await store.reserve(names(1))
+    draining = asyncio.create_task(store.actor.drain(1.0))
+    await store.match([])
+    assert not draining.done()
+    store.clock.advance(1.0)
+    assert await draining == 2  # the lease and its writer
 
 
 async def test_a_caller_that_left_gets_no_lease(store):

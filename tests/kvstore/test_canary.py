@@ -158,7 +158,7 @@ async def test_a_draining_store_is_not_ready_whatever_the_canary_says(store):
 async def test_real_blocks_by_the_real_transport_before_and_after_the_first_worker():
     async with asyncio.TaskGroup() as tasks, Channels() as channels:
         config = replace(CONFIG, name="proven")
-        parts = build(config, epoch="e", clock=CLOCK, channels=channels, begin_drain=lambda: None)
+        parts = build(config, epoch="e", clock=CLOCK, channels=channels, begin_drain=lambda _: None)
         async with serve_kvstore(parts) as server:
             store = Store(parts, server, Fabric(), tasks)
             store.keep_ready()

@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+from headrace.runtime.lifecycle import Lifecycle
+
 PREAMBLE = """
 import asyncio, sys, time
 from headrace.errors import ConfigError
@@ -18,6 +20,20 @@ setup_logs(sys.stderr, role="test")
 def say(word):
     sys.stdout.write(word + chr(10)); sys.stdout.flush()
 """
+
+
+async def test_whoever_stops_it_first_says_how_long_work_may_go_on():
+    lifecycle = Lifecycle()
+    assert lifecycle.grace_s(10.0) == 10.0
+    lifecycle.stop("drain", 0.0)
+    lifecycle.stop("again", 5.0)
+    assert (lifecycle.grace_s(10.0), lifecycle.reason) == (0.0, "drain")
+
+
+async def test_a_stop_without_a_grace_leaves_it_to_the_service():
+    lifecycle = Lifecycle()
+    lifecycle.stop("SIGTERM")
+    assert lifecycle.grace_s(10.0) == 10.0
 
 
 @pytest.fixture

@@ -206,15 +206,40 @@ async def test_draining_refuses_new_work_answers_the_rest_and_waits_for_running_
         assert await draining == 0
 
 
-async def test_a_drain_that_runs_out_of_time_says_what_is_left(channels, caplog):
-    async with serve_router(ScriptedRouter([*answer("a", is_last=False), Act.HANG])) as server:
+async def test_a_drain_that_runs_out_of_time_says_what_is_left_and_the_stop_ends_it_as_draining(channels):
+    router = ScriptedRouter([*answer("a", is_last=False), Act.HANG])
+    async with serve_router(router) as server:
         call = stub_of(channels, server).Generate(REQUEST, timeout=5)
         await call.read()
         assert await server.drain(grace_s=0.01) == 1
         assert server.num_running == 1
+        await server.stop()
+        assert server.num_running == 0
+        assert router.left.is_set()
+    with pytest.raises(Draining, match="left before the call was done"):
+        async with translate_errors("router"):
+            await call.read()
+
+
+async def test_a_stop_without_a_drain_is_a_failed_peer(channels):
+    async with serve_router(ScriptedRouter([*answer("a", is_last=False), Act.HANG])) as server:
+        call = stub_of(channels, server).Generate(REQUEST, timeout=5)
+        await call.read()
+        await server.stop()
     with pytest.raises(PeerFailed):
         async with translate_errors("router"):
             await call.read()
+
+
+async def test_a_client_that_leaves_while_its_call_is_given_up_ends_it_all_the_same(channels):
+    router = ScriptedRouter([*answer("a", is_last=False), Act.HANG])
+    async with serve_router(router) as server:
+        call = stub_of(channels, server).Generate(REQUEST, timeout=5)
+        await call.read()
+        await server.drain(grace_s=0)
+        call.cancel()
+        await server.stop()
+        assert server.num_running == 0
 
 
 async def test_many_messages_larger_than_the_default_limit_pass(channels):

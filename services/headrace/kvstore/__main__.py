@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import sys
+from functools import partial
 
 from headrace.clock import WallClock
 from headrace.kvstore.config import KvStoreConfig
@@ -45,7 +46,7 @@ async def serve(config: KvStoreConfig, lifecycle: Lifecycle) -> None:
             epoch=secrets.token_hex(8),
             clock=WallClock(),
             channels=channels,
-            begin_drain=lambda: lifecycle.stop("drain"),
+            begin_drain=partial(lifecycle.stop, "drain"),
         )
         parts.actor.mailbox.start(tasks)
         timer = tasks.create_task(parts.actor.run_timer())
@@ -56,7 +57,8 @@ async def serve(config: KvStoreConfig, lifecycle: Lifecycle) -> None:
         proving = tasks.create_task(parts.member.keep_ready(server, parts.canary))
         await lifecycle.stopped()
         proving.cancel()
-        await server.drain(DRAIN_S)
+        await server.drain(0.0)
+        await parts.actor.drain(lifecycle.grace_s(DRAIN_S))
         await server.stop()
         timer.cancel()
         await parts.canary.close()

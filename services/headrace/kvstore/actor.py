@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar, assert_never
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, BlockId, KvLayout, root_hash
 from headrace.core.ledger import LedgerCounts
-from headrace.errors import HeadraceError, NotReady
+from headrace.errors import Draining, HeadraceError, NotReady
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.index import PrefixIndex, Report
 from headrace.kvstore.policy import check_layout, checked_hashes, lease_end_s
@@ -22,6 +22,7 @@ from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
+LOOK_S = 0.02
 STOP_GRACE_S = 1.0
 NUM_KEPT_BLOCKS = NUM_SCRATCH_BLOCKS + NUM_CANARY_BLOCKS
 """Blocks at the end of the arena that no worker's block lies in: the canary's, then those of measurements."""
@@ -129,12 +130,19 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CloseDoor:
+    """Grant nothing any more; answered by the number of leases and writers left."""
+
+    reply: "Reply[int]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time went by."""
 
 
 Message: TypeAlias = (
-    Meet | Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Announce | Forget | Prepare | Tick
+    Meet | Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Announce | Forget | Prepare | CloseDoor | Tick
 )
 
 
@@ -194,6 +202,7 @@ class KvStoreActor:
         self._epochs: dict[str, str] = {}
         self._pool: BlockPool | None = None
         self._num_canary_messages = 0
+        self._is_leaving = False
         self.layout: KvLayout | None = None
         self.connector: Connector | None = None
         self.canary_hash: BlockHash = root_hash("canary", new_id().encode())
@@ -218,6 +227,22 @@ class KvStoreActor:
             await asyncio.sleep(TICK_S)
             self.mailbox.tell(Tick())
 
+    async def close_door(self) -> int:
+        """Grant no lease any more; returns how many leases and writers are left."""
+        num_leases: int = await self.mailbox.ask(lambda reply: CloseDoor(reply=reply))
+        return num_leases
+
+    async def drain(self, grace_s: float) -> int:
+        """Grant no lease any more and wait until none is left, at most `grace_s`; returns how many are."""
+        num_leases = await self.close_door()
+        end_s = self._clock.now() + grace_s
+        while num_leases and self._clock.now() < end_s:
+            await asyncio.sleep(LOOK_S)
+            num_leases = self._num_leases()
+        if num_leases:
+            logger.warning("drain ran out of time", extra={"num_leases": num_leases})
+        return num_leases
+
     async def close(self) -> None:
         """Stop handling messages and free the pool."""
         await self.mailbox.stop(STOP_GRACE_S)
@@ -237,6 +262,9 @@ class KvStoreActor:
                 _answer(message.reply, lambda: self._announce(message.report))
             case Forget():
                 _answer(message.reply, lambda: self._forget(message.worker))
+            case CloseDoor():
+                self._is_leaving = True
+                _answer(message.reply, self._num_leases)
             case _:
                 self._handle_blocks(message)
 
@@ -356,7 +384,12 @@ class KvStoreActor:
             case _:
                 return False
 
+    def _num_leases(self) -> int:
+        return 0 if self._pool is None else self._pool.counts().num_leases
+
     def _terms(self, hashes: Sequence[BlockHash], holder: str, deadline_unix_ms: int) -> tuple[Terms, int]:
+        if self._is_leaving:
+            raise Draining("the kvstore is leaving: take this as a miss")
         now_ms = self._clock.unix_ms()
         granted_s = lease_end_s((deadline_unix_ms - now_ms) / 1000, self._config.max_lease_s)
         new_id = self._new_id()

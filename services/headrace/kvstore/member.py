@@ -42,7 +42,7 @@ class KvStoreMember:
         actor: Source of load and pool.
         channels: Connections for transport tests.
         clock: Times them.
-        begin_drain: Asks the process to leave.
+        begin_drain: Asks the process to leave; gets the seconds that puts and gets under way may go on.
 
     Attributes:
         not_ready_reason: Empty when a canary has come back lately.
@@ -55,7 +55,7 @@ class KvStoreMember:
         actor: KvStoreActor,
         channels: Channels,
         clock: Clock,
-        begin_drain: Callable[[], None],
+        begin_drain: Callable[[float], None],
     ) -> None:
         self._config = config
         self._epoch = epoch
@@ -128,10 +128,11 @@ class KvStoreMember:
         )
 
     async def drain(self, grace_s: float) -> int:
-        """Begin to leave: nothing runs here that would have to end first."""
+        """Grant no lease any more and begin to leave; returns how many leases and writers are left."""
         self._is_draining = True
-        self._begin_drain()
-        return 0
+        num_leases = await self._actor.close_door()
+        self._begin_drain(grace_s)
+        return num_leases
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
         """Move scratch blocks to and from a peer's scratch blocks."""
@@ -182,7 +183,7 @@ class KvStoreParts:
 
 
 def build(
-    config: KvStoreConfig, *, epoch: str, clock: Clock, channels: Channels, begin_drain: Callable[[], None]
+    config: KvStoreConfig, *, epoch: str, clock: Clock, channels: Channels, begin_drain: Callable[[float], None]
 ) -> KvStoreParts:
     """Put a kvstore together; the workers' pool opens when the first worker shakes hands.
 
@@ -191,7 +192,7 @@ def build(
         epoch: Lifetime of this process.
         clock: Ends leases.
         channels: Connections to others, for transport tests.
-        begin_drain: Asks the process to leave.
+        begin_drain: Asks the process to leave; gets the seconds that puts and gets under way may go on.
 
     Raises:
         ConfigError: NIXL is not installed.

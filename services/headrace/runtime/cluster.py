@@ -29,7 +29,11 @@ class Member(Protocol):
         ...
 
     async def drain(self, grace_s: float) -> int:
-        """Stop admitting, begin to leave, and return how many sequences still run."""
+        """Stop admitting, begin to leave, and return how many sequences still run.
+
+        Args:
+            grace_s: How long they may go on; what runs then is ended with Draining.
+        """
         ...
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:

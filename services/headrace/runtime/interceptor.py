@@ -40,6 +40,8 @@ class CallGate:
         self.idle = asyncio.Event()
         self.idle.set()
         self._new_work = new_work
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._given_up: set[asyncio.Task[Any]] = set()
 
     @contextmanager
     def enter(self, method: str) -> Iterator[None]:
@@ -53,14 +55,31 @@ class CallGate:
             return
         if self.is_draining:
             raise Draining("this process is leaving: ask another", retry_after_s=DRAIN_RETRY_S)
+        call = asyncio.current_task()
+        if call is None:
+            raise InternalError("a call runs in no task")
+        self._calls.add(call)
         self.num_running += 1
         self.idle.clear()
         try:
             yield
+        except asyncio.CancelledError:
+            # A client that cancelled at the same time hears nothing any more.
+            if call not in self._given_up or call.uncancel():
+                raise
+            raise Draining("this process has left before the call was done: ask another") from None
         finally:
+            self._calls.discard(call)
+            self._given_up.discard(call)
             self.num_running -= 1
             if not self.num_running:
                 self.idle.set()
+
+    def give_up(self) -> None:
+        """End the running calls that brought work: each raises Draining to its caller."""
+        for call in self._calls - self._given_up:
+            self._given_up.add(call)
+            call.cancel()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -31,6 +31,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self._stopping = asyncio.Event()
         self._reason = ""
+        self._grace_s: float | None = None
 
     @property
     def is_stopping(self) -> bool:
@@ -42,10 +43,20 @@ class Lifecycle:
         """Why it is leaving; empty while it is not."""
         return self._reason
 
-    def stop(self, reason: str) -> None:
-        """Begin to leave; later reasons are ignored."""
+    def grace_s(self, default_s: float) -> float:
+        """Return how long running work may go on: what `stop` was given, or else `default_s`."""
+        return default_s if self._grace_s is None else self._grace_s
+
+    def stop(self, reason: str, grace_s: float | None = None) -> None:
+        """Begin to leave; later reasons are ignored.
+
+        Args:
+            reason: Why.
+            grace_s: How long running work may go on; None leaves it to the service.
+        """
         if not self.is_stopping:
             self._reason = reason
+            self._grace_s = grace_s
             logger.info("stopping", extra={"reason": reason})
             self._stopping.set()
 

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 ServicerT = TypeVar("ServicerT")
 
+GIVE_UP_S = 1.0
+"""Longest wait for calls that were given up to release what they hold and to tell their callers."""
+
 SERVER_OPTIONS = (
     *CONNECTION_OPTIONS,
     # With gRPC's default two servers share one port in silence and each gets half of the calls.
@@ -138,11 +141,24 @@ class GrpcServer:
         return self._gate.num_running
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Accept no call any more, give running ones `grace_s`, cancel the rest."""
+        """Accept no call any more, give running ones `grace_s`, cancel the rest.
+
+        After a drain the callers of what still runs get Draining, which tells them to go elsewhere.
+        """
         await self._show("stopping")
+        if self._gate.is_draining:
+            await self._give_up()
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
+
+    async def _give_up(self) -> None:
+        self._gate.give_up()
+        try:
+            async with asyncio.timeout(GIVE_UP_S):
+                await self._gate.idle.wait()
+        except TimeoutError:
+            logger.warning("calls do not end", extra={"num_running": self._gate.num_running})
 
     async def _show(self, not_ready_reason: str) -> None:
         if not_ready_reason == self._not_ready_reason:

@@ -178,7 +178,7 @@ class FleetWorker:
         )
         self.reservations = Reservations(self.engine, clock, self.epoch)
         self.prefill = self._prefill_parts(fleet)
-        self.member = WorkerMember(self._parts, self.peers, begin_drain=lambda: None)
+        self.member = WorkerMember(self._parts, self.peers, begin_drain=lambda _: None)
         self.member.not_ready_reason = ""
         self.server = GrpcServer(name, "127.0.0.1", 0, new_work=NEW_WORK)
 

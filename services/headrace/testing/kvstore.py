@@ -56,7 +56,7 @@ def fake_kvstore(fabric: Fabric, config: KvStoreConfig, clock: Clock, channels: 
         return FakeConnector(fabric, f"canary-{epoch}-{number}", blocks, epoch, clock)
 
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
-    member = KvStoreMember(config, epoch, actor, channels, clock, lambda: None)
+    member = KvStoreMember(config, epoch, actor, channels, clock, lambda _: None)
     canary = Canary(config.name, actor, channels, clock, connect_canary)
     return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member, canary=canary)
 
@@ -66,7 +66,7 @@ async def main(memory_bytes: int) -> None:
     config = KvStoreConfig(memory_bytes=memory_bytes)
     async with Channels() as channels:
         parts = build(
-            config, epoch=secrets.token_hex(4), clock=WallClock(), channels=channels, begin_drain=lambda: None
+            config, epoch=secrets.token_hex(4), clock=WallClock(), channels=channels, begin_drain=lambda _: None
         )
         async with serve_kvstore(parts) as server:
             sys.stdout.write(server.address + "\n")

@@ -76,14 +76,14 @@ class WorkerMember:
     Args:
         parts: What it reports of.
         peers: Connections to others.
-        begin_drain: Asks the process to leave.
+        begin_drain: Asks the process to leave; gets the seconds that running work may go on.
 
     Attributes:
         is_draining: Whether the worker admits nothing new.
         not_ready_reason: Empty when the worker is ready.
     """
 
-    def __init__(self, parts: MemberParts, peers: Peers, begin_drain: Callable[[], None]) -> None:
+    def __init__(self, parts: MemberParts, peers: Peers, begin_drain: Callable[[float], None]) -> None:
         self._config = parts.config
         self._epoch = parts.epoch
         self._model_name = parts.model_name
@@ -137,9 +137,9 @@ class WorkerMember:
         """Nothing to note: whoever writes into this worker's blocks holds a reservation."""
 
     async def drain(self, grace_s: float) -> int:
-        """Stop admitting and begin to leave."""
+        """Stop admitting and begin to leave; what still runs after `grace_s` is ended."""
         self.is_draining = True
-        self._begin_drain()
+        self._begin_drain(grace_s)
         return self._engine.stats().num_running
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
