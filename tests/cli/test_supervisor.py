@@ -100,6 +100,26 @@ async def test_every_start_and_death_is_published_and_a_restart_waits(tmp_path: 
     assert seen_s[2] - seen_s[1] >= FIRST_PAUSE_S
 
 
+async def test_a_cancellation_that_meets_the_end_of_the_pause_is_not_lost(tmp_path: Path) -> None:
+    pausing = asyncio.Event()
+
+    def note(processes: tuple[ProcessState, ...]) -> None:
+        if processes[0].last_exit is not None:
+            pausing.set()
+
+    supervisor = Supervisor([service(tmp_path, "decode", "")], note, WallClock())
+    [child] = supervisor._children
+    keeping = asyncio.create_task(supervisor._keep(child))
+    await pausing.wait()
+    # It goes on from the death to the pause, and from there to waiting.
+    for _ in range(3):
+        await asyncio.sleep(0)
+    supervisor.stop()
+    keeping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await keeping
+
+
 def test_the_pause_before_a_restart_doubles_up_to_five_seconds() -> None:
     pauses = [pause_before_restart_s(num_deaths) for num_deaths in (1, 2, 3, 4, 5, 6, 1_000_000)]
     assert pauses == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]

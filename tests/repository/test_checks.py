@@ -39,6 +39,21 @@ def test_code_over_a_hard_limit_fails_by_name(tmp_path: Path, path: str, text: s
     assert finding in found.stdout
 
 
+@pytest.mark.parametrize("use", ["import asyncio\nasyncio.wait_for", "import pickle", "import random"])
+def test_what_is_banned_is_refused_by_name(use: str) -> None:
+    name = "services/headrace/runtime/new.py"
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename", name, "-"],
+        input=use,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert found.returncode == 1
+    assert "is banned" in found.stdout
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [("services/a.py", function(60)), ("kernels/a.py", function(150)), ("services/headrace/v1/a.py", "\n" * 900)],

@@ -1,8 +1,11 @@
 """Reading UCX's own words."""
 
+import asyncio
+
 import pytest
 
-from headrace.transfer.lane import parse_lane
+from headrace.transfer.connector import PoolDescriptor
+from headrace.transfer.lane import parse_lane, probe_lane
 
 HEAD = "[1.0] [vm:1:0]   | "
 TABLE = """{head}main intra-node cfg#1                                            |
@@ -38,3 +41,35 @@ def test_the_last_table_counts_for_ucx_prints_one_before_it_is_connected():
 def test_no_table_is_no_lane():
     assert parse_lane("remote memory write by ucp_put* from host memory to host |\n | 0..inf | cma/memory |") is None
     assert parse_lane("") is None
+
+
+class Child:
+    """A probe that answers when it is told to."""
+
+    returncode = 0
+
+    def __init__(self) -> None:
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+
+    async def communicate(self, _: bytes) -> tuple[bytes, None]:
+        self.asked.set()
+        await self.answers.wait()
+        return b"", None
+
+
+async def test_a_cancellation_that_meets_the_answer_is_not_lost(monkeypatch):
+    child = Child()
+
+    async def start(*_: str, **__: object) -> Child:
+        return child
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    pool = PoolDescriptor(
+        agent_name="a", agent_metadata=b"", base_address=0, block_bytes=8, num_blocks=1, device_id=0, epoch="e"
+    )
+    probing = asyncio.create_task(probe_lane(pool))
+    await child.asked.wait()
+    child.answers.set()
+    probing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await probing

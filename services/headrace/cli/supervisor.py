@@ -137,7 +137,8 @@ class Supervisor:
             is_early = self._clock.now() - begun_s < HEALTHY_S
             num_early_deaths = num_early_deaths + 1 if is_early else 1
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause_before_restart_s(num_early_deaths))
+                async with asyncio.timeout(pause_before_restart_s(num_early_deaths)):
+                    await self._stopping.wait()
             child.restarts += 1
 
     async def _run_once(self, child: _Child) -> None:

@@ -43,7 +43,8 @@ async def probe_lane(pool: PoolDescriptor) -> str:
         env={**environment(), "UCX_PROTO_INFO": "y"},
     )
     try:
-        output, _ = await asyncio.wait_for(child.communicate(pool_to_proto(pool).SerializeToString()), PROBE_TIMEOUT_S)
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            output, _ = await child.communicate(pool_to_proto(pool).SerializeToString())
     except TimeoutError:
         raise PeerFailed(f"{pool.agent_name} did not answer a read within {PROBE_TIMEOUT_S:g} s") from None
     finally:
