@@ -17,7 +17,7 @@ from headrace.errors import (
     Saturated,
 )
 from headrace.runtime.channels import Channels, translate_errors
-from headrace.testing.router import Act, ScriptedRouter, serve_router
+from headrace.testing.router import Act, ScriptedRouter, answer, serve_router
 from headrace.v1 import decode_pb2, decode_pb2_grpc, router_pb2, router_pb2_grpc
 
 TOKENIZE = router_pb2.TokenizeRequest(text="hi")
@@ -35,11 +35,64 @@ async def test_one_channel_serves_all_calls_to_an_address():
         assert channels.get("127.0.0.1:1") is not channels.get("127.0.0.1:2")
 
 
-async def test_more_addresses_than_allowed_are_refused():
-    async with Channels(max_channels=1) as channels:
+async def test_the_channel_that_was_idle_longest_makes_room_for_another():
+    async with Channels(max_channels=2) as channels:
+        one, two = channels.get("127.0.0.1:1"), channels.get("127.0.0.1:2")
+        assert channels.get("127.0.0.1:1") is one
+        channels.get("127.0.0.1:3")
+        assert channels.get("127.0.0.1:1") is one
+        assert channels.get("127.0.0.1:2") is not two
+
+
+async def test_many_more_addresses_than_allowed_come_and_go():
+    async with Channels(max_channels=4) as channels:
+        for port in range(1, 200):
+            channels.get(f"127.0.0.1:{port}")
+            assert len(channels._channels) <= 4
+        async with asyncio.timeout(5):
+            while channels._closing:  # noqa: ASYNC110 what is waited for is a set that empties
+                await asyncio.sleep(0.002)
+
+
+async def test_a_stub_of_a_channel_that_made_room_is_a_failed_peer_and_a_new_one_works():
+    async with serve_router(ScriptedRouter([])) as server, Channels(max_channels=1) as channels:
+        kept = router_pb2_grpc.RouterServiceStub(channels.get(server.address))
         channels.get("127.0.0.1:1")
+        await asyncio.gather(*channels._closing)
+        with pytest.raises(PeerFailed):
+            async with translate_errors("router"):
+                await kept.Tokenize(TOKENIZE, timeout=5)
+        await tokenize(channels, server.address)
+
+
+async def test_a_channel_with_a_call_in_flight_never_makes_room_and_does_again_when_it_ended():
+    router = ScriptedRouter([*answer("a", is_last=False), Act.HANG])
+    async with serve_router(router) as server, Channels(max_channels=1) as channels:
+        call = router_pb2_grpc.RouterServiceStub(channels.get(server.address)).Generate(REQUEST, timeout=5)
         with pytest.raises(Saturated):
             channels.get("127.0.0.1:2")
+        assert (await call.read()).text == "a"
+        with pytest.raises(Saturated):
+            channels.get("127.0.0.1:2")
+        call.cancel()
+        async with asyncio.timeout(5):
+            while not call.done():  # noqa: ASYNC110 gRPC tells of the end by itself
+                await asyncio.sleep(0.002)
+        await asyncio.sleep(0)
+        channels.get("127.0.0.1:2")
+
+
+async def test_a_call_that_failed_or_was_answered_is_not_in_flight(free_port):
+    async with serve_router(ScriptedRouter([])) as server, Channels(max_channels=1) as channels:
+        await tokenize(channels, server.address)
+        with pytest.raises(PeerFailed):
+            await tokenize(channels, f"127.0.0.1:{free_port}")
+        await tokenize(channels, server.address)
+
+
+async def test_a_dropped_address_makes_room_too():
+    async with Channels(max_channels=1) as channels:
+        channels.get("127.0.0.1:1")
         await channels.drop("127.0.0.1:1")
         channels.get("127.0.0.1:2")
 

@@ -1,6 +1,8 @@
 """Connections to other processes."""
 
 import asyncio
+import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,12 +10,18 @@ import grpc.aio
 
 from headrace.core.status import CLIENT_OPTIONS, error_of
 from headrace.errors import HeadraceError, PeerFailed, Saturated
+from headrace.runtime.counted import CountedChannel
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CHANNELS = 256
 
 
 class Channels:
     """Owns one channel per address; closed as a whole.
+
+    When another address needs room, the channel that has been without calls for longest is closed. A stub of it
+    that somebody kept fails like one of a peer that is gone; `get` makes a new channel.
 
     Deadlines are given per call: the `timeout` of a service config fires seconds too early
     (seen with grpcio 1.80 and 1.85).
@@ -24,27 +32,36 @@ class Channels:
 
     def __init__(self, max_channels: int = DEFAULT_MAX_CHANNELS) -> None:
         self._max_channels = max_channels
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: OrderedDict[str, CountedChannel] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
         self._is_closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether all calls fail because this process is leaving."""
+        return self._is_closed
 
     def get(self, address: str) -> grpc.aio.Channel:
         """Return the channel to `host:port`, making it at first use; it connects by itself.
 
         Raises:
-            Saturated: too many addresses.
+            Saturated: too many addresses, all with calls in flight.
             PeerFailed: the pool is closed.
         """
         channel = self._channels.get(address)
         if channel is not None:
+            self._channels.move_to_end(address)
             return channel
         if self._is_closed:
             raise PeerFailed(f"no new connection to {address}: this process is leaving")
         if len(self._channels) >= self._max_channels:
-            raise Saturated(
-                f"no connection to {address}: {len(self._channels)} peers are connected",
-                limit=str(self._max_channels),
-            )
-        channel = grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+            self._make_room(address)
+
+        def on_use() -> None:
+            if self._channels.get(address) is channel:
+                self._channels.move_to_end(address)
+
+        channel = CountedChannel(grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS), on_use)
         self._channels[address] = channel
         return channel
 
@@ -59,7 +76,19 @@ class Channels:
         self._is_closed = True
         channels = tuple(self._channels.values())
         self._channels.clear()
-        await asyncio.gather(*(channel.close() for channel in channels))
+        await asyncio.gather(*(channel.close() for channel in channels), *self._closing)
+
+    def _make_room(self, address: str) -> None:
+        idle = next((known for known, channel in self._channels.items() if not channel.num_calls), None)
+        if idle is None:
+            raise Saturated(
+                f"no connection to {address}: {len(self._channels)} peers are connected and in use",
+                limit=str(self._max_channels),
+            )
+        logger.info("idle connection closed", extra={"address": idle})
+        closing = asyncio.get_running_loop().create_task(self._channels.pop(idle).close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     async def __aenter__(self) -> "Channels":
         return self
