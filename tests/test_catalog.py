@@ -10,7 +10,7 @@ from headrace.errors import ConfigError
 
 MANIFEST = """
 from headrace.seams.technique import Technique
-TECHNIQUE = Technique(name={name!r}, title="t", paper="p", is_lossless=True, measured="m")
+TECHNIQUE = Technique(name={name!r}, title="t", paper="p", url="https://p", is_lossless=True, measured="m")
 """
 Add = Callable[[str, str], None]
 
@@ -31,6 +31,11 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
 @pytest.mark.parametrize("name", catalog.names())
 def test_every_technique_has_a_manifest_of_its_name(name: str) -> None:
     assert catalog.load(name).name == name
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_every_technique_says_where_its_paper_can_be_read(name: str) -> None:
+    assert catalog.load(name).url.startswith("https://")
 
 
 @pytest.mark.parametrize("name", catalog.names())

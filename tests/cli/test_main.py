@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace import catalog
 from headrace.cli.main import Role
 
 
@@ -31,8 +32,15 @@ def test_version_is_the_version_of_the_package(tmp_path: Path) -> None:
     assert headrace("version", cwd=tmp_path).stdout == "0.1.0\n"
 
 
-def test_systems_shows_each_technique_with_its_paper(tmp_path: Path) -> None:
-    assert "arXiv:2308.16369" in headrace("systems", cwd=tmp_path).stdout
+def test_systems_shows_each_technique_in_a_line_with_its_paper(tmp_path: Path) -> None:
+    head, *lines = headrace("systems", cwd=tmp_path).stdout.splitlines()
+    assert head.split()[:4] == ["name", "seams", "tokens", "paper,"]
+    assert [line.split()[0] for line in lines] == list(catalog.names())
+    [sarathi] = [line for line in lines if line.startswith("sarathi ")]
+    assert sarathi.split()[1:3] == ["shape", "lossless"]
+    manifest = catalog.load("sarathi")
+    for fact in (manifest.paper, "https://arxiv.org/abs/2403.02310", manifest.measured):
+        assert fact in sarathi
 
 
 def test_status_without_a_cluster_says_so_and_fails(tmp_path: Path) -> None:

@@ -155,11 +155,11 @@ def systems() -> None:
     from headrace import catalog
 
     row = "{:<20} {:<10} {:<9} {}"
-    typer.echo(row.format("name", "seams", "tokens", "paper"))
+    typer.echo(row.format("name", "seams", "tokens", "paper, measured ratio"))
     for technique in map(catalog.load, catalog.names()):
-        exactness = "exact" if technique.is_lossless else "lossy"
-        typer.echo(row.format(technique.name, ",".join(technique.seams), exactness, technique.paper))
-        typer.echo(row.format("", "", "", technique.measured))
+        exactness = "lossless" if technique.is_lossless else "lossy"
+        facts = f"{technique.paper}, {technique.url}; {technique.measured}"
+        typer.echo(row.format(technique.name, ",".join(technique.seams), exactness, facts))
 
 
 @doctor.command()

@@ -14,6 +14,7 @@ class Technique:
         name: Name of the folder, the setting, the metric label and the tests.
         title: Name of the paper.
         paper: Where it was published.
+        url: Where the paper can be read.
         is_lossless: Whether its tokens equal the baseline's; a lossy one states its bound in its README.
         measured: Ratio to the baseline with the machine and the date, or what keeps it from being measured.
         shape: Makes the shape policy, if the technique fills that seam.
@@ -22,6 +23,7 @@ class Technique:
     name: str
     title: str
     paper: str
+    url: str
     is_lossless: bool
     measured: str
     shape: Callable[[], ShapePolicy] | None = None

@@ -14,6 +14,7 @@ TECHNIQUE = Technique(
     name="sarathi",
     title="SARATHI: Efficient LLM Inference by Piggybacking Decodes with Chunked Prefills",
     paper="arXiv:2308.16369; Sarathi-Serve, OSDI 2024",
+    url="https://arxiv.org/abs/2403.02310",
     is_lossless=True,
     measured="not measured yet",
     shape=_shape,
