@@ -160,6 +160,32 @@ def test_what_a_peer_may_still_read_is_never_preempted(make_client, reference, p
     assert client.tokens(answer) == reference(prompt_of(2, 12), max_tokens=20, ignore_eos=True)
 
 
+def test_computed_prompts_that_wait_for_their_hand_over_count_against_the_places(make_client, prompt_of):
+    client = make_client(num_blocks=64, max_running=3)
+    prefilled = [client.open(prompt_of(seed, 6), goal=Goal.FIRST_TOKEN) for seed in range(5)]
+    client.steps()
+    assert [len(client.sampled(each)) for each in prefilled] == [1, 1, 1, 0, 0]
+    assert client.stats().num_running == 3
+    assert client.stats().leased_blocks == 6
+    client.close(prefilled[0])
+    client.steps()
+    assert [len(client.sampled(each)) for each in prefilled] == [1, 1, 1, 1, 0]
+
+
+def test_a_failed_sequence_that_keeps_its_blocks_keeps_its_place(make_client, prompt_of):
+    client = make_client(max_running=1)
+    late = client.open(prompt_of(1, 6), begins=False, life_s=1.0)
+    client.steps()
+    client.clock.advance(2.0)
+    following = client.open(prompt_of(2, 6))
+    client.steps()
+    assert client.error(late) is not None
+    assert client.events[following] == []
+    client.close(late)
+    client.steps()
+    assert client.finish(following) is not None
+
+
 def test_a_prompt_whose_kv_is_pushed_while_it_runs_is_never_preempted(make_client, prompt_of, reference):
     client = make_client(num_blocks=12, budget=2)
     answer = client.open(prompt_of(1, 7), max_tokens=12, ignore_eos=True)

@@ -35,7 +35,7 @@ def view_of(arrival, num_tokens, num_computed, **fields):
     )
 
 
-def plan(*sequences, available=10, budget=16, max_running=8, shape=None, order=FCFS):
+def plan(*sequences, available=10, budget=16, max_running=8, num_done=0, shape=None, order=FCFS):
     view = SchedulerView(
         sequences=sequences,
         num_available=available,
@@ -43,6 +43,7 @@ def plan(*sequences, available=10, budget=16, max_running=8, shape=None, order=F
         num_layers=3,
         token_budget=budget,
         max_running=max_running,
+        num_done=num_done,
     )
     return plan_step(view, order, shape or ChunkedShape(), 0.0)
 
@@ -54,6 +55,11 @@ def test_waiting_sequences_are_admitted_by_arrival_while_blocks_last():
 
 def test_one_that_does_not_fit_holds_back_those_behind_it():
     assert plan(waiting(0, 40), waiting(1, 4), available=5).admit == ()
+
+
+def test_done_sequences_count_against_the_places():
+    assert plan(running(1), waiting(2), waiting(3), max_running=3, num_done=1).admit == ("s2",)
+    assert plan(waiting(2), max_running=3, num_done=3).admit == ()
 
 
 def test_held_and_running_sequences_count_against_the_places():
@@ -161,6 +167,7 @@ def views(draw):
         num_layers=3,
         token_budget=draw(st.integers(1, 24)),
         max_running=draw(st.integers(1, 8)),
+        num_done=draw(st.integers(0, 3)),
     )
 
 
@@ -181,7 +188,7 @@ def test_what_is_planned_fits_and_adds_up(shape, view):
     touched = [*(item.sequence_id for item in found.items), *found.admit, *found.evict]
     assert len(touched) == len(set(touched))
     assert all(by_id[each].can_evict and by_id[each].is_running for each in found.evict)
-    holding = sum(each.num_blocks > 0 for each in view.sequences)
+    holding = view.num_done + sum(each.num_blocks > 0 for each in view.sequences)
     assert not found.admit or holding + len(found.admit) <= max(view.max_running, holding)
 
 

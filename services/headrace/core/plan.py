@@ -123,6 +123,7 @@ class SchedulerView:
         num_layers: Layers of the model.
         token_budget: Most tokens of one step.
         max_running: Most sequences that may hold blocks.
+        num_done: Sequences that hold blocks and are not scheduled any more: their owner has not closed them.
     """
 
     sequences: tuple[SequenceView, ...] = field(default=())
@@ -131,3 +132,4 @@ class SchedulerView:
     num_layers: int
     token_budget: int
     max_running: int
+    num_done: int = 0

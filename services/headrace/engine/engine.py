@@ -264,6 +264,7 @@ class Engine:
             num_layers=self._runner.num_layers,
             token_budget=self._config.token_budget,
             max_running=self._config.max_running,
+            num_done=self._num_done(),
         )
         return plan_step(view, self._order, self._shape, self._clock.now())
 
@@ -273,7 +274,7 @@ class Engine:
         # A step adds at most one block to a sequence: only where that may not fit is anyone evicted.
         is_tight = self._cache.ledger.num_available < len(live)
         # No more can be admitted than this, so the prefixes of later arrivals need not be looked up.
-        num_places = self._config.max_running - sum(bool(sequence.blocks) for sequence in live)
+        num_places = self._config.max_running - self._num_done() - sum(bool(sequence.blocks) for sequence in live)
         views: list[SequenceView] = []
         for sequence in live:
             is_waiting = sequence.state is State.WAITING
@@ -281,6 +282,9 @@ class Engine:
             num_places -= is_waiting
             views.append(self._view(sequence, cost, is_tight=is_tight))
         return tuple(views)
+
+    def _num_done(self) -> int:
+        return sum(sequence.state is State.DONE for sequence in self._sequences.values())
 
     def _admission_cost(self, sequence: Sequence, *, is_exact: bool) -> int:
         if is_exact:

@@ -42,7 +42,7 @@ def plan_step(view: SchedulerView, order: OrderPolicy, shape: ShapePolicy, now_s
     ranked = sorted(view.sequences, key=lambda sequence: order.key(sequence, now_s))
     running = [sequence for sequence in ranked if sequence.is_running]
     kept, evicted, available = _fit(running, shape, view)
-    admitted = () if evicted else _admit(ranked, len(running), available, view.max_running)
+    admitted = () if evicted else _admit(ranked, len(running) + view.num_done, available, view.max_running)
     items = tuple(_item(sequence, size, view.num_layers) for sequence, size in kept)
     return StepPlan(items=items, admit=admitted, evict=tuple(evicted))
 
@@ -80,10 +80,10 @@ def _leave_out(
     return kept
 
 
-def _admit(ranked: list[SequenceView], num_running: int, available: int, max_running: int) -> tuple[SequenceId, ...]:
+def _admit(ranked: list[SequenceView], num_placed: int, available: int, max_running: int) -> tuple[SequenceId, ...]:
     """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves."""
     admitted: list[SequenceId] = []
-    num_holding = num_running + sum(sequence.is_held for sequence in ranked)
+    num_holding = num_placed + sum(sequence.is_held for sequence in ranked)
     for sequence in ranked:
         if sequence.is_running or sequence.is_held:
             continue
