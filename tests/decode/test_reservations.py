@@ -9,12 +9,13 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from headrace.clock import VirtualClock
 from headrace.core.request import Token
-from headrace.decode.reservations import WRITER_GRACE_S, Reservations
+from headrace.decode.reservations import LANDING_S, WRITER_GRACE_S, Origin, Reservations
 from headrace.engine.messages import EngineStats, HoldWriter, ReleaseWriter
 from headrace.errors import DeadlineExceeded, Saturated
 from headrace.worker.engine import AsyncEngine
 
 EPOCH = "e1"
+ORIGIN = Origin(address="p0:1", epoch="p0-1")
 FIRST = Token(cursor=0, token_id=7)
 
 
@@ -39,16 +40,28 @@ class RecordingPort:
         return EngineStats()
 
 
+class Ends:
+    """Knows which processes are gone, as `Lifetimes` finds out by asking."""
+
+    def __init__(self):
+        self.over = set()
+        self.asked = []
+
+    async def is_over(self, address, epoch):
+        self.asked.append((address, epoch))
+        return (address, epoch) in self.over
+
+
 class Desk:
     def __init__(self):
-        self.port, self.clock = RecordingPort(), VirtualClock(1000.0)
-        self.reservations = Reservations(AsyncEngine(self.port, None), self.clock, EPOCH)
+        self.port, self.clock, self.ends = RecordingPort(), VirtualClock(1000.0), Ends()
+        self.reservations = Reservations(AsyncEngine(self.port, None), self.clock, EPOCH, self.ends)
 
     def grant(self, *blocks, life_s=10.0):
         return self.reservations.grant(blocks, self.clock.unix_ms() + int(life_s * 1000))
 
-    def begin(self, reservation, writer="w", epoch=EPOCH):
-        return self.reservations.begin_write(reservation.lease_id, epoch, writer)
+    def begin(self, reservation, writer="w", epoch=EPOCH, origin=ORIGIN):
+        return self.reservations.begin_write(reservation.lease_id, epoch, writer, origin)
 
     def commit(self, reservation, writer="w"):
         return self.reservations.commit(reservation.lease_id, writer, FIRST, 0)
@@ -167,6 +180,80 @@ def test_a_begin_that_the_engine_has_no_room_for_leaves_nothing(desk):
     assert desk.reservations.num_writers() == 0
     desk.port.is_full = False
     assert desk.begin(reservation)
+
+
+def test_a_lost_writer_that_never_began_makes_room_for_another(desk):
+    reservation = desk.grant(3)
+    assert desk.reservations.lose(reservation.lease_id, "w")
+    assert not desk.begin(reservation), "its begin was still on its way"
+    assert desk.begin(reservation, "second")
+
+
+def test_a_lost_writer_that_has_begun_keeps_its_blocks_and_nobody_joins_it(desk):
+    """Out of the router's reach it may live and write."""
+    reservation = desk.grant(3)
+    desk.begin(reservation)
+    assert not desk.reservations.lose(reservation.lease_id, "w")
+    assert not desk.begin(reservation, "second")
+    desk.reservations.revoke(reservation)
+    assert not desk.reservations.lose(reservation.lease_id, "w")
+    assert desk.port.held == {"w": (3,)}
+    desk.reservations.end_write("w")
+    assert desk.port.held == {}
+
+
+def test_a_lease_that_is_gone_has_no_room_for_another(desk):
+    reservation = desk.grant(3)
+    desk.reservations.revoke(reservation)
+    assert not desk.reservations.lose(reservation.lease_id, "w")
+
+
+async def test_a_writer_whose_process_is_gone_ends_once_its_last_data_have_landed(desk):
+    reservation = desk.grant(3)
+    desk.begin(reservation)
+    desk.reservations.revoke(reservation)
+    desk.ends.over.add((ORIGIN.address, ORIGIN.epoch))
+    assert await desk.reservations.review_writers() == 1
+    desk.clock.advance(LANDING_S - 0.001)
+    assert desk.reservations.expire_writers() == 0
+    await desk.reservations.review_writers()
+    desk.clock.advance(0.001)
+    assert desk.reservations.expire_writers() == 1
+    assert desk.port.held == {}
+
+
+async def test_a_writer_whose_process_may_live_is_held(desk):
+    reservation = desk.grant(3)
+    desk.begin(reservation)
+    desk.reservations.revoke(reservation)
+    desk.ends.over.add((ORIGIN.address, "another life"))
+    assert await desk.reservations.review_writers() == 0
+    desk.clock.advance(LANDING_S)
+    assert desk.reservations.expire_writers() == 0
+
+
+async def test_an_end_does_not_move_away(desk):
+    """A review just before the clock's own end must not prolong it."""
+    reservation = desk.grant(3, life_s=10.0)
+    desk.begin(reservation)
+    desk.reservations.revoke(reservation)
+    desk.ends.over.add((ORIGIN.address, ORIGIN.epoch))
+    desk.clock.advance(10.0 + WRITER_GRACE_S - LANDING_S / 2)
+    await desk.reservations.review_writers()
+    desk.clock.advance(LANDING_S / 2)
+    assert desk.reservations.expire_writers() == 1
+
+
+async def test_nobody_is_asked_about_a_writer_that_a_sequence_waits_for_or_that_named_no_address(desk):
+    waiting, left = desk.grant(3), desk.grant(4)
+    desk.begin(waiting, "one")
+    desk.begin(left, "other", origin=Origin(address="", epoch=""))
+    desk.reservations.revoke(left)
+    assert await desk.reservations.review_writers() == 0
+    assert desk.ends.asked == []
+    desk.reservations.revoke(waiting)
+    await desk.reservations.review_writers()
+    assert desk.ends.asked == [(ORIGIN.address, ORIGIN.epoch)]
 
 
 async def test_waiting_ends_with_the_first_token(desk):

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import grpc
 import pytest
 
 from headrace.core.wire import spec_to_proto, token_from_proto
@@ -215,6 +216,43 @@ async def test_a_commit_that_is_not_answered_in_time_is_the_peer_s_failure(tmp_p
             await bench.ask(spec, target)
         may_answer.set()
         bench.decode.reservations.end_write("w")
+        call.cancel()
+        await fleet.at_rest()
+
+
+async def test_nothing_is_written_after_the_lease_has_ended(bench):
+    """When it hears nothing of a writer, the decode worker takes the blocks back by this clock."""
+    writes = []
+    bench.fleet.on_tick = lambda tick: writes.append(tick) if tick == "p0 write" else None
+    spec = bench.fleet.spec(PROMPT)
+    call, target = await bench.reserve(spec)
+    target.lease.deadline_unix_ms = bench.fleet.clock.unix_ms()
+    with pytest.raises(PeerFailed):
+        await bench.ask(spec, target)
+    assert writes == []
+    await bench.no_writers()
+    call.cancel()
+
+
+async def test_a_report_that_gets_lost_is_repeated(tmp_path, monkeypatch):
+    commit, lost = DecodeServicer.CommitPrefill, []
+
+    async def lose_two(self, request, context):
+        if len(lost) < 2:
+            lost.append(request)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "lost on the way")
+        return await commit(self, request, context)
+
+    monkeypatch.setattr(DecodeServicer, "CommitPrefill", lose_two)
+    monkeypatch.setattr("headrace.prefill.job.REPORT_PAUSES_S", (0.0, 0.01, 0.01))
+    async with open_fleet(tmp_path, ROLES) as fleet:
+        bench, spec = Bench(fleet), fleet.spec(PROMPT)
+        call, target = await bench.reserve(spec)
+        bench.prefill.runner.failure = ValueError("a bug in the model")
+        with pytest.raises(InternalError):
+            await bench.ask(spec, target)
+        await fleet.until(lambda: len(lost) == 2, "not repeated")
+        await bench.no_writers()
         call.cancel()
         await fleet.at_rest()
 

@@ -83,23 +83,108 @@ async def test_a_decode_worker_that_dies_costs_no_token(
         await fleet.at_rest()
 
 
-async def test_a_prefill_worker_that_dies_is_succeeded_in_the_same_reservation(tmp_path, roles, prompt_of):
-    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
-    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
-        ticks = []
+class Writing:
+    """A sequence of 40 tokens that p0 has begun to write into d0, and goes on writing once its gate is open."""
+
+    def __init__(self, fleet, prompt):
+        self.fleet, self.ticks = fleet, []
+        self.prefill, self.decode = fleet.workers["p0"], fleet.workers["d0"]
         fleet.table.reserve("p1", "other", 10_000)  # So that p0 is chosen first.
         fleet.table._note = lambda member, load: None
-        held = fleet.hold_at("p0 Progress", 2)
+        self._held = fleet.hold_at("p0 Progress", 2)
         look = fleet.on_tick
-        fleet.on_tick = lambda tick: (ticks.append(tick), look(tick))
-        asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(1, 40))))
-        await held.wait()
-        await fleet.until(lambda: fleet.workers["d0"].reservations.num_writers(), "p0 never wrote")
+        fleet.on_tick = lambda tick: (self.ticks.append(tick), look(tick))
+        self.asking = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt)))
+
+    async def begun(self):
+        await self._held.wait()
+        await self.fleet.until(lambda: self.decode.reservations.num_writers(), "p0 never wrote")
+
+    async def part_router_from_prefill(self):
+        """Let the router's connection to p0 end, and p0 hear nothing of it."""
+        self.prefill.lane.stall()
+        await self.fleet.channels.drop(self.prefill.lane.address)
+
+
+async def test_a_prefill_worker_that_dies_while_it_writes_is_succeeded_in_other_blocks(tmp_path, roles, prompt_of):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
+        writing = Writing(fleet, prompt_of(1, 40))
+        await writing.begun()
         await fleet.workers.pop("p0").kill()
-        check(await asking, answer)
-        assert ticks.count("d0 Open") == 1
-        assert ticks.count("d0 HoldWriter") == 2
+        check(await writing.asking, answer)
+        assert writing.ticks.count("d0 Open") == 2
+        assert writing.ticks.count("d0 HoldWriter") == 2
         await fleet.at_rest()
+
+
+async def test_a_prefill_worker_that_dies_before_it_writes_is_succeeded_in_the_same_reservation(
+    tmp_path, roles, prompt_of
+):
+    [answer] = await expected(tmp_path, roles, [prompt_of(1, 40)])
+    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
+        ticks, usable = [], fleet.table.usable()
+        fleet.table.reserve("p1", "other", 10_000)
+        fleet.table._note = lambda member, load: None
+        fleet.table.usable = lambda: usable
+        await fleet.workers.pop("p0").kill()
+        fleet.on_tick = ticks.append
+        fleet.table.release = lambda name, sequence_id: None
+        fleet.table.reserve("p1", "other", 10_000)
+        check(await fleet.tokens(fleet.spec(prompt_of(1, 40))), answer)
+        assert ticks.count("d0 Open") == 1
+        assert ticks.count("d0 HoldWriter") == 1
+        await fleet.at_rest()
+
+
+async def test_late_data_of_a_prefill_worker_that_only_seemed_dead_reach_nobody(tmp_path, roles, prompt_of):
+    """The router's connection to it is gone, it lives and writes on: PAINS P4."""
+    answers = await expected(tmp_path, roles, [prompt_of(1, 40), prompt_of(2, 60)])
+    async with open_fleet(tmp_path, roles("p0 p1 d0"), num_blocks=24) as fleet:
+        writing = Writing(fleet, prompt_of(1, 40))
+        await writing.begun()
+        await writing.part_router_from_prefill()
+        check(await writing.asking, answers[0])
+        other = asyncio.ensure_future(fleet.tokens(fleet.spec(prompt_of(2, 60))))
+        await fleet.until(lambda: writing.ticks.count("d0 Open") == 3, "never asked")
+        num_ticks = len(writing.ticks)
+        writing.prefill.runner.gate.set()
+        check(await other, answers[1])
+        ticks = writing.ticks[num_ticks:]
+        assert "p0 written" in ticks, "p0 has written nothing late"
+        assert "p0 written" not in ticks[ticks.index("d0 Admitted") :], "it got blocks that p0 still wrote into"
+        writing.prefill.lane.resume()
+        await fleet.at_rest()
+
+
+async def test_blocks_of_a_prefill_worker_that_dies_out_of_reach_come_back(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
+        writing = Writing(fleet, prompt_of(1, 40))
+        await writing.begun()
+        await writing.part_router_from_prefill()
+        await writing.asking
+        assert "leased=1" in writing.decode.left()
+        await fleet.workers.pop("p0").kill()
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize("is_reborn", [False, True], ids=["refused", "reborn"])
+async def test_blocks_of_a_prefill_worker_killed_after_its_client_left_come_back_at_once(
+    tmp_path, roles, prompt_of, is_reborn
+):
+    """Nobody calls it any more, so the decode worker must find out by itself, and not by the request's deadline."""
+    async with open_fleet(tmp_path, roles("p0 p1 d0")) as fleet:
+        writing = Writing(fleet, prompt_of(1, 40))
+        await writing.begun()
+        writing.prefill.lane.stall()
+        writing.asking.cancel()
+        await asyncio.wait([writing.asking])
+        await fleet.until(lambda: not writing.decode.server.num_running, "the stream goes on")
+        assert "writers=1" in writing.decode.left()
+        await writing.prefill.kill()
+        if is_reborn:
+            await fleet.revive("p0")
+        await fleet.at_rest("d0")
 
 
 async def test_the_decode_worker_computes_the_prompt_when_no_prefill_worker_is_left(tmp_path, roles, prompt_of):

@@ -47,6 +47,7 @@ from headrace.worker.blocks import BlockExchange, ExchangeParts
 from headrace.worker.config import Dtype, WorkerConfig
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
 from headrace.worker.process import MemberParts, WorkerMember
 
@@ -128,11 +129,13 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
         await lifecycle.stopped()
         member.is_draining = True
         await server.drain(lifecycle.grace_s(DRAIN_S))
+        await server.give_up()
+        # Before the port: a refused connection tells peers that nothing is written from here any more.
+        await parts.connector.close()
         await server.stop()
         for task in background:
             task.cancel()
         await asyncio.to_thread(parts.thread.stop)
-        await parts.connector.close()
 
 
 async def _in_own_thread(work: Callable[[], Machine]) -> Machine:
@@ -180,6 +183,7 @@ def _assemble(
         clock=clock,
     )
     peers = Peers(connector, channels, member.introduce, machine.fingerprint)
+    lifetimes = Lifetimes(channels, member.introduce)
     client = None
     if config.kvstore is not None:
         caller = StoreCaller(
@@ -198,7 +202,10 @@ def _assemble(
         channels=channels,
         blocks=blocks,
         clock=clock,
+        lifetimes=lifetimes,
         tasks=tasks,
+        address=_address(config),
+        epoch=epoch,
         block_tokens=config.block_tokens,
         block_bytes=machine.arena.block_bytes,
         transfer_deadline_s=config.transfer_deadline_s,
@@ -209,17 +216,22 @@ def _assemble(
         connector=connector,
         peers=peers,
         blocks=blocks,
-        reservations=Reservations(engine, clock, epoch),
+        reservations=Reservations(engine, clock, epoch, lifetimes),
         member=member,
         prefill=prefill,
     )
+
+
+def _address(config: WorkerConfig) -> str:
+    """Return where peers reach this process."""
+    return f"{config.host}:{config.grpc_port}"
 
 
 def _server(config: WorkerConfig, parts: Parts, member: WorkerMember) -> GrpcServer:
     server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
     decode = DecodeServicer(
         DecodeParts(engine=parts.member.engine, blocks=parts.blocks, reservations=parts.reservations),
-        f"{config.host}:{config.grpc_port}",
+        _address(config),
         parts.member.epoch,
     )
     server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))

@@ -10,12 +10,20 @@ from headrace.core.block import BlockId
 from headrace.core.request import Token
 from headrace.errors import DeadlineExceeded
 from headrace.worker.engine import AsyncEngine
+from headrace.worker.lifetimes import Lifetimes
 
 logger = logging.getLogger(__name__)
 
 EXPIRE_INTERVAL_S = 1.0
-WRITER_GRACE_S = 5.0
-"""How long after its deadline a writer that never reported is still believed to write."""
+LANDING_S = 1.0
+"""How long after its end the last data of a process may still arrive: what its kernel had taken over to send."""
+
+WRITER_GRACE_S = 60.0
+"""How long after its deadline a writer of which nothing is known is still believed to write.
+
+It begins no write after the deadline, so what is left by then are its last chunks: longer than any transfer
+deadline, a skewed clock or a pause of its process.
+"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,10 +51,19 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The process that a writer is part of: its own address, and its lifetime."""
+
+    address: str
+    epoch: str
+
+
+@dataclass(slots=True, kw_only=True)
 class _Writer:
-    """Whose blocks an attempt writes into, and when its time is over."""
+    """Whose blocks an attempt writes into, where it comes from, and when its time is over."""
 
     lease_id: str
+    origin: Origin
     end_unix_ms: int
 
 
@@ -54,20 +71,26 @@ class Reservations:
     """Owner of all reservations of a worker.
 
     The engine's ledger counts each writer apart from the sequence: a sequence may be cancelled
-    while a peer still writes, but its blocks are not reused before that peer has reported its
-    end, or the clock says that it cannot write any more. A reservation has one writer at a time: late
-    data of a first one would overwrite what a second one has delivered.
+    while a peer still writes, but its blocks are not reused before that writer has provably ended. Proofs
+    are its own report, and the end of its process (see `Lifetimes`); that somebody cannot reach it is none.
+    A reservation has one writer at a time: late data of a first one would overwrite what a second one has
+    delivered.
+
+    What this can cost is bounded twice. In blocks: a process out of reach holds what it had begun to fill,
+    and begins no more. In time: `WRITER_GRACE_S` after the deadline of its reservation a writer is given up.
 
     Args:
         engine: Owner of the blocks.
-        clock: Ends writers that never report.
+        clock: Ends writers of which nothing is heard.
         epoch: Lifetime of this process; reports for another are fenced.
+        lifetimes: Tells whether a writer's process is gone.
     """
 
-    def __init__(self, engine: AsyncEngine, clock: Clock, epoch: str) -> None:
+    def __init__(self, engine: AsyncEngine, clock: Clock, epoch: str, lifetimes: Lifetimes) -> None:
         self._engine = engine
         self._clock = clock
         self._epoch = epoch
+        self._lifetimes = lifetimes
         self._live: dict[str, Reservation] = {}
         self._writers: dict[str, _Writer] = {}
 
@@ -84,11 +107,17 @@ class Reservations:
         return reservation
 
     def revoke(self, reservation: Reservation) -> None:
-        """The sequence left; writers that have begun are still counted until they report."""
+        """The sequence left; writers that have begun are still counted until they have provably ended."""
         self._live.pop(reservation.lease_id, None)
 
-    def begin_write(self, lease_id: str, epoch: str, writer_id: str) -> bool:
+    def begin_write(self, lease_id: str, epoch: str, writer_id: str, origin: Origin) -> bool:
         """Count a writer.
+
+        Args:
+            lease_id: What it is to fill.
+            epoch: Lifetime of this process that the lease is of.
+            writer_id: The writer.
+            origin: Whose end is the writer's end.
 
         Returns:
             False when the sequence is gone, its KV has landed, the lease is of another epoch, another writer
@@ -104,9 +133,13 @@ class Reservations:
             return reservation.writer == writer_id
         self._engine.hold_writer(writer_id, reservation.block_ids)
         end_unix_ms = reservation.deadline_unix_ms + int(WRITER_GRACE_S * 1000)
-        self._writers[writer_id] = _Writer(lease_id=lease_id, end_unix_ms=end_unix_ms)
+        self._writers[writer_id] = _Writer(lease_id=lease_id, origin=origin, end_unix_ms=end_unix_ms)
         reservation.writer = writer_id
         return True
+
+    async def meet(self, origin: Origin) -> None:
+        """Make sure that the end of a writer's process can be proven later; costs a call per lifetime."""
+        await self._lifetimes.meet(origin.address, origin.epoch)
 
     def commit(self, lease_id: str, writer_id: str, first: Token, cached_tokens: int) -> bool:
         """Take note that a writer delivered all KV; False when the sequence does not wait for it."""
@@ -135,6 +168,32 @@ class Reservations:
             if reservation.writer == writer_id:
                 reservation.writer = None
 
+    def lose(self, lease_id: str, writer_id: str) -> bool:
+        """Take note that a writer cannot be reached: one that has not begun may not begin any more.
+
+        Returns:
+            Whether another may fill the lease. While the lost one may still write, nobody may.
+        """
+        if writer_id not in self._writers:
+            self.end_write(writer_id, lease_id)
+        reservation = self._live.get(lease_id)
+        return reservation is not None and reservation.writer is None
+
+    async def review_writers(self) -> int:
+        """Ask after the processes of writers whose sequence has left; returns how many of them are gone.
+
+        A writer whose sequence waits is left alone: the router watches the process that it has sent there.
+        """
+        doubted = {writer.origin for writer in self._writers.values() if writer.lease_id not in self._live}
+        origins = [origin for origin in doubted if origin.address]
+        ends = await asyncio.gather(*(self._lifetimes.is_over(each.address, each.epoch) for each in origins))
+        gone = {origin for origin, is_over in zip(origins, ends, strict=True) if is_over}
+        landed_unix_ms = self._clock.unix_ms() + int(LANDING_S * 1000)
+        for writer in self._writers.values():
+            if writer.origin in gone:
+                writer.end_unix_ms = min(writer.end_unix_ms, landed_unix_ms)
+        return len(gone)
+
     def expire_writers(self) -> int:
         """End writers whose time is over; returns how many."""
         now_ms = self._clock.unix_ms()
@@ -144,9 +203,10 @@ class Reservations:
         return len(expired)
 
     async def run_expiry(self) -> None:
-        """End writers by the clock until cancelled."""
+        """End writers that never report until cancelled: when their process is gone, or else by the clock."""
         while True:
             await asyncio.sleep(EXPIRE_INTERVAL_S)
+            await self.review_writers()
             if num_expired := self.expire_writers():
                 logger.warning("writers never reported", extra={"num_writers": num_expired})
 

@@ -7,6 +7,7 @@ import grpc.aio
 
 from headrace.core.wire import spec_from_proto, token_from_proto, token_to_proto
 from headrace.decode.job import DecodeJob, DecodeParts, Granted, Tokens
+from headrace.decode.reservations import Origin
 from headrace.errors import InvalidRequest
 from headrace.v1 import block_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2
 
@@ -45,23 +46,30 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.BeginWriteRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> decode_pb2.BeginWriteResponse:
         """Count a prefill worker as a writer."""
-        is_accepted = self._parts.reservations.begin_write(request.lease_id, request.epoch, request.writer_id)
+        reservations = self._parts.reservations
+        origin = Origin(address=request.writer_address, epoch=request.writer_epoch)
+        if origin.address:
+            await reservations.meet(origin)
+        is_accepted = reservations.begin_write(request.lease_id, request.epoch, request.writer_id, origin)
         return decode_pb2.BeginWriteResponse(is_accepted=is_accepted)
 
     async def CommitPrefill(
         self, request: decode_pb2.CommitPrefillRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> decode_pb2.CommitPrefillResponse:
-        """Take note of a writer's end."""
+        """Take note of a writer's end, or of its loss."""
         reservations = self._parts.reservations
         if request.epoch != self._epoch:
             return decode_pb2.CommitPrefillResponse(is_accepted=False)
-        if request.WhichOneof("outcome") != "first_token":
-            reservations.end_write(request.writer_id, request.lease_id)
-            return decode_pb2.CommitPrefillResponse(is_accepted=True)
-        first = request.first_token
-        is_accepted = reservations.commit(
-            request.lease_id, request.writer_id, token_from_proto(first.event), first.cached_tokens
-        )
+        match request.WhichOneof("outcome"):
+            case "first_token":
+                first = request.first_token
+                token = token_from_proto(first.event)
+                is_accepted = reservations.commit(request.lease_id, request.writer_id, token, first.cached_tokens)
+            case "failure":
+                reservations.end_write(request.writer_id, request.lease_id)
+                is_accepted = True
+            case _:
+                is_accepted = reservations.lose(request.lease_id, request.writer_id)
         return decode_pb2.CommitPrefillResponse(is_accepted=is_accepted)
 
     def _response(self, event: Granted | Tokens) -> decode_pb2.DecodeResponse:

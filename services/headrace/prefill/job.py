@@ -25,11 +25,14 @@ from headrace.transfer.connector import Connector
 from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2
 from headrace.worker.blocks import BlockExchange
 from headrace.worker.engine import AsyncEngine, OpenSequence
+from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
 
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 5.0
+REPORT_PAUSES_S = (0.0, 0.5, 2.0)
+"""Before each try to report a failure; while none arrives, the decode worker keeps the blocks out of use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,10 @@ class PrefillParts:
     """What every prefill job of a worker shares.
 
     Attributes:
+        lifetimes: Tells whether a decode worker is gone.
         tasks: Outlives every request.
+        address: host:port of this worker's own gRPC server.
+        epoch: Lifetime of this process.
         transfer_deadline_s: Longest time for one push.
         push_whole: Push once after the whole prompt; the baseline of a benchmark.
         block_bytes: Size of a block.
@@ -49,7 +55,10 @@ class PrefillParts:
     channels: Channels
     blocks: BlockExchange
     clock: Clock
+    lifetimes: Lifetimes
     tasks: asyncio.TaskGroup
+    address: str
+    epoch: str
     block_tokens: int
     block_bytes: int
     transfer_deadline_s: float
@@ -96,6 +105,7 @@ class PrefillJob:
         try:
             peer = await self._parts.peers.ensure(self._target.address, self._target.lease.epoch)
             self._agent = peer.pool.agent_name
+            self._parts.lifetimes.note(self._target.address, peer.epoch)
             async with self._parts.engine.open(self._spec, Goal.FIRST_TOKEN) as sequence:
                 self._local = sequence.admitted.block_ids
                 self._check_lease()
@@ -182,7 +192,13 @@ class PrefillJob:
 
     async def _begin_write(self) -> None:
         lease = self._target.lease
-        begin = decode_pb2.BeginWriteRequest(lease_id=lease.lease_id, epoch=lease.epoch, writer_id=self._writer_id)
+        begin = decode_pb2.BeginWriteRequest(
+            lease_id=lease.lease_id,
+            epoch=lease.epoch,
+            writer_id=self._writer_id,
+            writer_address=self._parts.address,
+            writer_epoch=self._parts.epoch,
+        )
         async with translate_errors(self._target.address):
             answer = await self._decode_stub().BeginWrite(begin, timeout=CONTROL_TIMEOUT_S)
         if not answer.is_accepted:
@@ -191,8 +207,12 @@ class PrefillJob:
     async def _push(self, push: PushRange, local: tuple[BlockId, ...]) -> None:
         blocks = local[push.start : push.end]
         remote = self._target.lease.block_ids[push.start : push.end]
+        deadline_s = self._deadline_s()
+        if deadline_s <= self._parts.clock.now():
+            # The decode worker counts on it when it takes blocks back from a writer that it hears nothing of.
+            raise DeadlineExceeded("the lease has ended: nothing may be written into its blocks any more")
         try:
-            await self._parts.connector.write(self._agent, blocks, remote, self._deadline_s())
+            await self._parts.connector.write(self._agent, blocks, remote, deadline_s)
         except PeerFailed:
             await self._parts.peers.forget(self._target.address, self._target.lease.epoch)
             raise
@@ -236,10 +256,17 @@ class PrefillJob:
         self._parts.tasks.create_task(self._report_failure(reason))
 
     async def _report_failure(self, reason: str) -> None:
-        try:
-            await self._send_commit(decode_pb2.CommitPrefillRequest(failure=reason))
-        except HeadraceError as error:
-            logger.info("decode worker not told of a failed prefill", extra={"error": error.code})
+        parts, target = self._parts, self._target
+        for pause_s in REPORT_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            try:
+                await self._send_commit(decode_pb2.CommitPrefillRequest(failure=reason))
+            except HeadraceError as error:
+                logger.info("decode worker not told of a failed prefill", extra={"error": error.code})
+            else:
+                return
+            if parts.channels.is_closed or await parts.lifetimes.is_over(target.address, target.lease.epoch):
+                return
 
     async def _send_commit(self, commit: decode_pb2.CommitPrefillRequest) -> None:
         commit.lease_id = self._target.lease.lease_id
@@ -258,7 +285,12 @@ class PrefillJob:
         self.response.queue_us = int((self._begun_s - self._arrived_s) * 1e6)
 
     def _deadline_s(self) -> float:
-        return self._parts.clock.now() + min(self._remaining_s(), self._parts.transfer_deadline_s)
+        """Return when a push that begins now is given up: nothing of it is posted later."""
+        lease_s = self._left_s(self._target.lease.deadline_unix_ms)
+        return self._parts.clock.now() + min(self._remaining_s(), lease_s, self._parts.transfer_deadline_s)
 
     def _remaining_s(self) -> float:
-        return (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
+        return self._left_s(self._spec.deadline_unix_ms)
+
+    def _left_s(self, deadline_unix_ms: int) -> float:
+        return (deadline_unix_ms - self._parts.clock.unix_ms()) / 1000

@@ -1,7 +1,6 @@
 """One choice of one request on its way through the workers."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import secrets
@@ -217,12 +216,16 @@ class SequenceRun:
         return self._parts.tasks.create_task(prefill_or_cancel())
 
     async def _prefill(self, route: Route, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
-        """Have the prompt computed; when a prefill worker fails, another fills the same reservation."""
+        """Have the prompt computed; when a prefill worker fails before it writes, another fills the same reservation.
+
+        One that may be writing still, for it is only known to be out of reach, keeps its blocks: the sequence
+        starts anew in others.
+        """
         name = route.prefill
         while name is not None:
-            worker = self._parts.table.by_name(name)
+            worker, writer_id = self._parts.table.by_name(name), secrets.token_hex(16)
             try:
-                await self._prefill_once(worker, spec, target)
+                await self._prefill_once(worker, spec, target, writer_id)
                 return
             except (PeerFailed, NotReady) as error:
                 if not isinstance(error, NotReady) and not _is_dead(worker, error):
@@ -231,7 +234,7 @@ class SequenceRun:
                     raise
                 self._avoid(name)
                 name = self._successor(spec)
-                if name is None:
+                if name is None or not await self._may_succeed(target, writer_id):
                     raise
 
     def _successor(self, spec: SequenceSpec) -> str | None:
@@ -239,34 +242,32 @@ class SequenceRun:
         facts = RouteInput(key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=frozenset(self._excluded))
         return choose_prefill(views, facts)
 
-    async def _prefill_once(self, worker: Worker, spec: SequenceSpec, target: prefill_pb2.PrefillTarget) -> None:
+    async def _prefill_once(
+        self, worker: Worker, spec: SequenceSpec, target: prefill_pb2.PrefillTarget, writer_id: str
+    ) -> None:
         stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
-        request = prefill_pb2.PrefillRequest(
-            sequence=spec_to_proto(spec), target=target, writer_id=secrets.token_hex(16)
-        )
+        request = prefill_pb2.PrefillRequest(sequence=spec_to_proto(spec), target=target, writer_id=writer_id)
         try:
             async with translate_errors(worker.address):
                 await stub.Prefill(request, timeout=self._remaining_s())
         except Cancelled:
             # The worker is leaving; it reports the end of its writes itself.
             raise NotReady(f"{worker.name} left during the call") from None
-        except PeerFailed as error:
-            if _is_dead(worker, error):
-                # A dead worker cannot report its own end; its writes ended with it. In a task of its own:
-                # a request that is cancelled now must not leave the writer to the clock.
-                await asyncio.shield(self._parts.tasks.create_task(self._end_writer(target, request.writer_id)))
-            raise
         finally:
             self._parts.table.release(worker.name, spec.sequence_id)
 
-    async def _end_writer(self, target: prefill_pb2.PrefillTarget, writer_id: str) -> None:
-        commit = decode_pb2.CommitPrefillRequest(
-            lease_id=target.lease.lease_id, epoch=target.lease.epoch, writer_id=writer_id, failure="peer_failed"
+    async def _may_succeed(self, target: prefill_pb2.PrefillTarget, writer_id: str) -> bool:
+        """Tell the decode worker of a lost writer; return whether another may fill the reservation."""
+        lost = decode_pb2.CommitPrefillRequest(
+            lease_id=target.lease.lease_id, epoch=target.lease.epoch, writer_id=writer_id, lost="peer_failed"
         )
         stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(target.address))
-        with contextlib.suppress(HeadraceError):  # A dead decode worker has no writers to end.
+        try:
             async with translate_errors(target.address):
-                await stub.CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
+                answer = await stub.CommitPrefill(lost, timeout=CONTROL_TIMEOUT_S)
+        except HeadraceError:
+            return False
+        return answer.is_accepted
 
     def _remaining_s(self) -> float:
         remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000

@@ -147,12 +147,13 @@ class GrpcServer:
         """
         await self._show("stopping")
         if self._gate.is_draining:
-            await self._give_up()
+            await self.give_up()
         if self._server is not None:
             await self._server.stop(grace_s)
             self._server = None
 
-    async def _give_up(self) -> None:
+    async def give_up(self) -> None:
+        """End the calls that brought work with Draining, and wait a second for what they hold; after `drain`."""
         self._gate.give_up()
         try:
             async with asyncio.timeout(GIVE_UP_S):

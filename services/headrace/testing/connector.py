@@ -172,7 +172,7 @@ class FakeConnector:
         await asyncio.sleep(0)
         await self._fabric.moving[agent_name].wait()
         peer = self._fabric.connectors.get(agent_name)
-        if peer is not None:
+        if peer is not None and self._fabric.connectors.get(self._pool.agent_name) is self:
             copy(peer)
             landed.set()
 

@@ -46,6 +46,7 @@ from headrace.worker.blocks import BlockExchange, ExchangeParts
 from headrace.worker.config import WorkerConfig, WorkerRole
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
 from headrace.worker.process import MemberParts, WorkerMember
 
@@ -176,7 +177,10 @@ class FleetWorker:
             FINGERPRINT,
             deadline_s=2.0,
         )
-        self.reservations = Reservations(self.engine, clock, self.epoch)
+        self.lifetimes = Lifetimes(self._channels, self._parts.introduce)
+        self.reservations = Reservations(self.engine, clock, self.epoch, self.lifetimes)
+        self._tasks = tasks
+        self._expiry: asyncio.Task[None] | None = None
         self.prefill = self._prefill_parts(fleet)
         self.member = WorkerMember(self._parts, self.peers, begin_drain=lambda _: None)
         self.member.not_ready_reason = ""
@@ -196,7 +200,10 @@ class FleetWorker:
             channels=self._channels,
             blocks=self.blocks,
             clock=fleet.clock,
+            lifetimes=self.lifetimes,
             tasks=fleet.tasks,
+            address=self.lane.address,
+            epoch=self.epoch,
             block_tokens=BLOCK_TOKENS,
             block_bytes=self.runner.blocks.shape[1],
             transfer_deadline_s=fleet.shape.transfer_deadline_s,
@@ -213,6 +220,7 @@ class FleetWorker:
         await self.server.start()
         self.lane.connect(self.server.port)
         self.thread.start()
+        self._expiry = self._tasks.create_task(self.reservations.run_expiry())
 
     async def kill(self) -> None:
         """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""
@@ -225,9 +233,11 @@ class FleetWorker:
     async def stop(self) -> None:
         """End the worker."""
         self.runner.gate.set()
+        if self._expiry is not None:
+            self._expiry.cancel()
+        await self.connector.close()
         await self.server.stop()
         await asyncio.to_thread(self.thread.stop)
-        await self.connector.close()
         await self._channels.close()
 
     def left(self) -> str:
@@ -413,7 +423,7 @@ class Fleet:
 
     def request_tasks(self) -> list["asyncio.Task[object]"]:
         """Return live tasks that some request started."""
-        words = ("prefill_or_cancel", "_run_choice", "_push_chunks", "_report_failure", "._read", "Job.", "_end_writer")
+        words = ("prefill_or_cancel", "_run_choice", "_push_chunks", "_report_failure", "._read", "Job.")
         return [
             task
             for task in asyncio.all_tasks()

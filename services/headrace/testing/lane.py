@@ -87,3 +87,4 @@ class FaultyLane:
             await self._moving.wait()
             writer.write(data)
             await writer.drain()
+        await self._moving.wait()

@@ -142,22 +142,32 @@ class BeginWriteRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     WRITER_ID_FIELD_NUMBER: _builtins.int
+    WRITER_ADDRESS_FIELD_NUMBER: _builtins.int
+    WRITER_EPOCH_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease of the reservation."""
     epoch: _builtins.str
     """Epoch of the decode worker that granted it."""
     writer_id: _builtins.str
     """Name of this attempt, unique; made by the router."""
+    writer_address: _builtins.str
+    """host:port of the prefill worker's own gRPC server, not of a balancer before several: a
+    refused connection to it must mean that the process is gone.
+    """
+    writer_epoch: _builtins.str
+    """Lifetime of the prefill worker's process."""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         writer_id: _builtins.str = ...,
+        writer_address: _builtins.str = ...,
+        writer_epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "writer_id", b"writer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "writer_address", b"writer_address", "writer_epoch", b"writer_epoch", "writer_id", b"writer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,7 +225,7 @@ Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
 
 @_typing.final
 class CommitPrefillRequest(_message.Message):
-    """Set by the prefill worker, or by the router for a dead one."""
+    """Set by the prefill worker, or by the router that has lost it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -223,13 +233,18 @@ class CommitPrefillRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     WRITER_ID_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease of the reservation."""
     epoch: _builtins.str
     """Epoch of the decode worker that granted it; fences late writers."""
     failure: _builtins.str
-    """The writer gave up, or died, and writes no more; another may fill the same lease."""
+    """Said by the writer itself: it gave up and writes no more; another may fill the same lease."""
+    lost: _builtins.str
+    """Said by the router: it cannot reach the writer, which may still live and write. One that
+    has not begun may not begin any more.
+    """
     writer_id: _builtins.str
     """As in BeginWrite."""
     @_builtins.property
@@ -243,13 +258,14 @@ class CommitPrefillRequest(_message.Message):
         epoch: _builtins.str = ...,
         first_token: Global___FirstToken | None = ...,
         failure: _builtins.str = ...,
+        lost: _builtins.str = ...,
         writer_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token", b"first_token", "outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "first_token", b"first_token", "lost", b"lost", "outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "first_token", b"first_token", "lease_id", b"lease_id", "outcome", b"outcome", "writer_id", b"writer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "first_token", b"first_token", "lease_id", b"lease_id", "lost", b"lost", "outcome", b"outcome", "writer_id", b"writer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["first_token", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["first_token", "failure", "lost"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
@@ -263,7 +279,9 @@ class CommitPrefillResponse(_message.Message):
 
     IS_ACCEPTED_FIELD_NUMBER: _builtins.int
     is_accepted: _builtins.bool
-    """Whether the sequence still lives; false when it was cancelled meanwhile."""
+    """Whether the sequence still lives; false when it was cancelled meanwhile. For a lost
+    writer: whether it has ended or never began, so that another may fill the lease.
+    """
     def __init__(
         self,
         *,

@@ -74,8 +74,8 @@ class DecodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitPrefill(self, request, context):
-        """Called by the prefill worker, or by the router for one that died: the KV of a
-        reservation is complete, or this writer will not deliver it.
+        """Called by the prefill worker: the KV of a reservation is complete, or this writer will
+        not deliver it and writes no more. Called by the router: it has lost this writer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,8 +43,8 @@ class DecodeServiceStub:
     reserved blocks, which are not reused until it has reported its end.
     """
     CommitPrefill: _grpc.UnaryUnaryMultiCallable[_decode_pb2.CommitPrefillRequest, _decode_pb2.CommitPrefillResponse]
-    """Called by the prefill worker, or by the router for one that died: the KV of a
-    reservation is complete, or this writer will not deliver it.
+    """Called by the prefill worker: the KV of a reservation is complete, or this writer will
+    not deliver it and writes no more. Called by the router: it has lost this writer.
     """
 
 @_typing.type_check_only
@@ -62,8 +62,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     reserved blocks, which are not reused until it has reported its end.
     """
     CommitPrefill: _aio.UnaryUnaryMultiCallable[_decode_pb2.CommitPrefillRequest, _decode_pb2.CommitPrefillResponse]  # type: ignore[assignment]
-    """Called by the prefill worker, or by the router for one that died: the KV of a
-    reservation is complete, or this writer will not deliver it.
+    """Called by the prefill worker: the KV of a reservation is complete, or this writer will
+    not deliver it and writes no more. Called by the router: it has lost this writer.
     """
 
 class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -96,8 +96,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _decode_pb2.CommitPrefillRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_decode_pb2.CommitPrefillResponse, _abc.Awaitable[_decode_pb2.CommitPrefillResponse]]:
-        """Called by the prefill worker, or by the router for one that died: the KV of a
-        reservation is complete, or this writer will not deliver it.
+        """Called by the prefill worker: the KV of a reservation is complete, or this writer will
+        not deliver it and writes no more. Called by the router: it has lost this writer.
         """
 
 def add_DecodeServiceServicer_to_server(servicer: DecodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
