@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kKeys = 64;         // keys of a tile
 constexpr int64_t kQueries = 32;      // tokens of a chunk that share a tile of keys
 constexpr int64_t kFewRows = 6;       // queries of a tile that read keys without spreading them
-constexpr int64_t kSplitKeys = 512;   // fewest entries of a cut along the keys
+constexpr int64_t kSplitKeys = 64;    // fewest entries of a cut along the keys
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 int64_t entry_stride(const Attend& layer) { return static_cast<int64_t>(layer.kv_heads) * layer.head_dim; }
@@ -79,6 +79,16 @@ struct Work {
     float* total;     // [rows]
     float* keys;      // [dim][kKeys]
     float* values;    // [kKeys][dim]
+
+    // The part of one of several KV heads with `rows` queries each.
+    Work of_head(int64_t index, int64_t rows, int64_t dim) const {
+        Work part = *this;
+        part.queries += index * rows * dim;
+        part.sums += index * rows * dim;
+        part.most += index * rows;
+        part.total += index * rows;
+        return part;
+    }
 };
 
 Work work_for(Room<float>& room, int64_t rows, int64_t dim) {
@@ -101,11 +111,19 @@ struct Keys {
     const uint16_t* keys[kKeys];
     const uint16_t* values[kKeys];
     int32_t positions[kKeys];
+
+    // Turns to the next KV head.
+    void next_head(int64_t dim) {
+        for (int64_t i = 0; i < count; ++i) {
+            keys[i] += dim;
+            values[i] += dim;
+        }
+    }
 };
 
 // Finds `count` entries from `begin` on and asks for their memory.
-void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t kv_head, int64_t begin, int64_t count,
-               Keys& found) {
+void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t kv_head, int64_t num_heads,
+               int64_t begin, int64_t count, Keys& found) {
     const int64_t dim = layer.head_dim, stride = entry_stride(layer);
     const int64_t* table = step.block_tables + sequence * step.table_width;
     found.count = count;
@@ -113,7 +131,7 @@ void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t 
         const int64_t entry = begin + i, block = table[entry / step.block_tokens], slot = entry % step.block_tokens;
         found.keys[i] = block_of(step, layer, block, 0) + slot * stride + kv_head * dim;
         found.values[i] = block_of(step, layer, block, 1) + slot * stride + kv_head * dim;
-        for (int64_t d = 0; d < dim; d += 32) {
+        for (int64_t d = 0; d < dim * num_heads; d += 32) {
             _mm_prefetch(reinterpret_cast<const char*>(found.keys[i] + d), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char*>(found.values[i] + d), _MM_HINT_T0);
         }
@@ -292,51 +310,58 @@ void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Key
         add_product(rows, work.scores, kKeys, work.values + d, dim, work.sums + d, dim, count);
 }
 
-// Attends for the queries of one tile and one KV head.
-void attend(const Attend& layer, const Step& step, const Tile& tile, int64_t kv_head, Scratch& scratch,
-            ThreadRoom& room) {
+// Attends for the queries of one tile.
+void attend(const Attend& layer, const Step& step, const Tile& tile, Scratch& scratch, ThreadRoom& room) {
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
+    const int64_t first_head = std::max<int64_t>(tile.kv_head, 0);
+    const int64_t num_heads = tile.kv_head < 0 ? layer.kv_heads : 1;
     const int64_t width = layer.heads + 2 * layer.kv_heads;
-    const Work work = work_for(room.attend, rows, dim);
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = kv_head * group + row % group;
-        const float* q = step.buffers[layer.source] + ((tile.first_row + row / group) * width + head) * dim;
+    const bool is_few = rows <= kFewRows;
+    const Work all_work = work_for(room.attend, rows * num_heads, dim);
+    for (int64_t row = 0; row < rows * num_heads; ++row) {
+        const int64_t head = (first_head + row / rows) * group + row % group;
+        const float* q = step.buffers[layer.source] + ((tile.first_row + row % rows / group) * width + head) * dim;
         for (int64_t d = 0; d < dim; d += kLanes)
-            store(work.queries + row * dim + d, _mm256_mul_ps(load(q + d), all(layer.scale)));
-        if (rows <= kFewRows) deinterleave(work.queries + row * dim, dim);
+            store(all_work.queries + row * dim + d, _mm256_mul_ps(load(q + d), all(layer.scale)));
+        if (is_few) deinterleave(all_work.queries + row * dim, dim);
     }
-    std::fill(work.sums, work.sums + rows * dim, 0.0f);
-    std::fill(work.most, work.most + rows, kHidden);
-    std::fill(work.total, work.total + rows, 0.0f);
+    std::fill(all_work.sums, all_work.sums + rows * num_heads * dim, 0.0f);
+    std::fill(all_work.most, all_work.most + rows * num_heads, kHidden);
+    std::fill(all_work.total, all_work.total + rows * num_heads, 0.0f);
     const bool is_ordered = step.slot_positions == nullptr;
     const int64_t first = step.positions[tile.first_row], last = step.positions[tile.first_row + tile.num_rows - 1];
     const int64_t end = is_ordered ? std::min(tile.kv_end, last + 1) : tile.kv_end;
     int64_t begin = tile.kv_begin;
     if (is_ordered && layer.window > 0 && first >= begin + layer.window)
         begin += (first - layer.window + 1 - begin) / kKeys * kKeys;
-    Keys found[2];  // the next tile travels from memory while this one is computed
-    if (begin < end) find_keys(layer, step, tile.sequence, kv_head, begin, std::min(kKeys, end - begin), found[0]);
+    Keys found[2];  // the next run of keys travels from memory while this one is computed
+    if (begin < end) find_keys(layer, step, tile.sequence, first_head, num_heads, begin, std::min(kKeys, end - begin), found[0]);
     for (int turn = 0; begin < end; begin += kKeys, turn ^= 1) {
         const int64_t next = begin + kKeys;
         if (next < end)
-            find_keys(layer, step, tile.sequence, kv_head, next, std::min(kKeys, end - next), found[turn ^ 1]);
+            find_keys(layer, step, tile.sequence, first_head, num_heads, next, std::min(kKeys, end - next),
+                      found[turn ^ 1]);
         const int64_t count = found[turn].count;
         const bool is_masked = !is_ordered || !is_seen_by_all(layer, first, last, begin, begin + count);
-        add_keys(layer, step, tile, found[turn], is_masked, work);
+        for (int64_t i = 0; i < num_heads; ++i) {
+            add_keys(layer, step, tile, found[turn], is_masked, all_work.of_head(i, rows, dim));
+            found[turn].next_head(dim);
+        }
     }
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t head = kv_head * group + row % group;
-        if (rows <= kFewRows) interleave(work.sums + row * dim, dim);
+    for (int64_t row = 0; row < rows * num_heads; ++row) {
+        const int64_t head = (first_head + row / rows) * group + row % group;
+        float* sums = all_work.sums + row * dim;
+        if (is_few) interleave(sums, dim);
         if (tile.part >= 0) {
             float* out = scratch.partial.get() + (tile.part * layer.heads + head) * (dim + 2);
-            std::copy(work.sums + row * dim, work.sums + (row + 1) * dim, out);
-            out[dim] = work.most[row];
-            out[dim + 1] = work.total[row];
+            std::copy(sums, sums + dim, out);
+            out[dim] = all_work.most[row];
+            out[dim + 1] = all_work.total[row];
             continue;
         }
-        float* out = step.buffers[layer.target] + ((tile.first_row + row / group) * layer.heads + head) * dim;
-        const F8 factor = all(work.total[row] > 0 ? 1.0f / work.total[row] : 0.0f);
-        for (int64_t d = 0; d < dim; d += kLanes) store(out + d, _mm256_mul_ps(load(work.sums + row * dim + d), factor));
+        float* out = step.buffers[layer.target] + ((tile.first_row + row % rows / group) * layer.heads + head) * dim;
+        const F8 factor = all(all_work.total[row] > 0 ? 1.0f / all_work.total[row] : 0.0f);
+        for (int64_t d = 0; d < dim; d += kLanes) store(out + d, _mm256_mul_ps(load(sums + d), factor));
     }
 }
 
@@ -360,7 +385,7 @@ void merge(const Attend& layer, const Step& step, const Scratch& scratch, const 
 
 }  // namespace
 
-void plan_attend(const Step& step, int threads, int kv_heads, Scratch& scratch) {
+void plan_attend(const Step& step, int threads, int group, int kv_heads, Scratch& scratch) {
     const int64_t half = step.rope_size;
     float* rotation = scratch.rotation.at_least(step.num_ropes * step.num_rows * 2 * half);
     for (int64_t rope = 0; rope < step.num_ropes; ++rope) {
@@ -374,22 +399,24 @@ void plan_attend(const Step& step, int threads, int kv_heads, Scratch& scratch) 
     }
     scratch.tiles.clear();
     scratch.num_parts = 0;
-    const bool is_scarce = threads > 1 && step.num_sequences * kv_heads < 4 * threads;
+    const bool is_scarce = threads > 1 && step.num_sequences < 2 * threads;
     for (int64_t s = 0; s < step.num_sequences; ++s) {
         const int64_t begin = step.cu_seqlens[s], end = step.cu_seqlens[s + 1], entries = step.kv_lengths[s];
-        if (end - begin == 1 && is_scarce && entries >= 2 * kSplitKeys) {
-            const int64_t parts = std::min<int64_t>(entries / kSplitKeys, 2 * threads);
+        if (end - begin == 1 && group <= kFewRows) {
+            const int64_t wished = is_scarce ? std::min<int64_t>(entries / kSplitKeys, 2 * threads) : 1;
+            const int64_t parts = std::max<int64_t>(wished, 1);
             const int64_t size = ((entries + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
             const int64_t used = (entries + size - 1) / size;
             for (int64_t i = 0; i < used; ++i)
-                scratch.tiles.push_back({s, begin, 1, i * size, std::min(entries, (i + 1) * size),
-                                         scratch.num_parts + i, i == 0 ? used : 0});
-            scratch.num_parts += used;
+                scratch.tiles.push_back({s, begin, 1, -1, i * size, std::min(entries, (i + 1) * size),
+                                         used == 1 ? -1 : scratch.num_parts + i, i == 0 && used > 1 ? used : 0});
+            if (used > 1) scratch.num_parts += used;
             continue;
         }
         // Backwards: the last queries see most keys, and the longest work should begin first.
         for (int64_t row = begin + (end - begin - 1) / kQueries * kQueries; row >= begin; row -= kQueries)
-            scratch.tiles.push_back({s, row, std::min(kQueries, end - row), 0, entries, -1, 0});
+            for (int64_t head = 0; head < kv_heads; ++head)
+                scratch.tiles.push_back({s, row, std::min(kQueries, end - row), head, 0, entries, -1, 0});
     }
 }
 
@@ -399,9 +426,8 @@ void run_attend(const Attend& layer, const Step& step, Scratch& scratch, Worker&
     worker.barrier();
     ThreadRoom& room = scratch.thread[static_cast<size_t>(worker.index)];
     const int64_t tiles = static_cast<int64_t>(scratch.tiles.size());
-    for (int64_t item; (item = worker.claim(1)) < tiles * layer.kv_heads;)
-        attend(layer, step, scratch.tiles[static_cast<size_t>(item / layer.kv_heads)], item % layer.kv_heads, scratch,
-               room);
+    for (int64_t item; (item = worker.claim(1)) < tiles;)
+        attend(layer, step, scratch.tiles[static_cast<size_t>(item)], scratch, room);
     worker.barrier();
     if (scratch.num_parts == 0) return;
     for (const Tile& tile : scratch.tiles)

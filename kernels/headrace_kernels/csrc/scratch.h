@@ -50,6 +50,7 @@ struct Tile {
     int64_t sequence;
     int64_t first_row;
     int64_t num_rows;
+    int64_t kv_head;  // -1: all of them, one after the other for each run of keys
     int64_t kv_begin;
     int64_t kv_end;
     int64_t part;   // place among the partial results, -1: the only one

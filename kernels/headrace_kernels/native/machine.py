@@ -149,9 +149,9 @@ class Machine:
         if not self._handle:
             raise MemoryError("no memory for the kernels' threads")
 
-    def begin(self, step: abi.Step, threads: int, kv_heads: int) -> None:
+    def begin(self, step: abi.Step, threads: int, heads: int, kv_heads: int) -> None:
         """Prepare what all layers of a step share."""
-        self._library.headrace_begin(self._handle, step, threads, kv_heads)
+        self._library.headrace_begin(self._handle, step, threads, heads // kv_heads, kv_heads)
 
     def run(self, operations: ctypes.Array[abi.Op], first: int, count: int, step: abi.Step, threads: int) -> None:
         """Run `count` operations from `first` on, on at most `threads` threads."""

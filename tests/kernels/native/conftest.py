@@ -23,7 +23,7 @@ def machine():
 def run(machine):
     """Run a program over buffers given by name; the others are of one element."""
 
-    def run_program(program, named, *, threads=THREADS, **fields):
+    def run_program(program, named, *, threads=THREADS, heads=(1, 1), **fields):
         tensors = [named.get(buffer, torch.zeros(1)) for buffer in Buffer]
         assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
         held = {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
@@ -31,7 +31,7 @@ def run(machine):
         addresses = {name: tensor.data_ptr() for name, tensor in held.items()}
         step = abi.Step(buffers=buffers(*tensors), **numbers, **addresses)
         operations = program.operations()
-        machine.begin(step, threads, 1)
+        machine.begin(step, threads, *heads)
         machine.run(operations, 0, len(program), step, threads)
         assert ctypes.sizeof(operations) == len(program) * ctypes.sizeof(abi.Op)
 

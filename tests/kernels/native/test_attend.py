@@ -96,6 +96,7 @@ class Case:
             program,
             {Buffer.QKV: self.qkv.clone(), Buffer.ATTENDED: out},
             threads=threads,
+            heads=(self.heads, self.kv_heads),
             num_rows=rows,
             num_sequences=len(self.kv_lengths),
             table_width=self.tables.shape[1],

@@ -59,7 +59,7 @@ class NativeDecoder:
         share = threads or self._all_threads
         logits = torch.empty((step.sample_rows.shape[0], self._spec.vocab_size))
         described = self._describe(step, arena, logits)
-        self._machine.begin(described, share(), self._spec.num_kv_heads)
+        self._machine.begin(described, share(), self._spec.num_heads, self._spec.num_kv_heads)
         begin = 0
         for end in self._layer_ends:
             self._machine.run(self._operations, begin, end - begin, described, share())
