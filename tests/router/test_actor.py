@@ -192,6 +192,38 @@ async def test_readiness_is_lost_when_the_canary_fails_and_comes_back(tmp_path, 
         ready.cancel()
 
 
+async def test_readiness_is_lost_with_the_last_worker_and_not_at_the_next_canary(tmp_path, roles):
+    async with open_fleet(tmp_path, roles("p0 d0"), canary_interval_s=1000.0) as fleet:
+        ready = fleet.tasks.create_task(fleet.live.keep_ready())
+        reason = fleet.live.not_ready_reason
+        await fleet.until(lambda: reason() is None, "never ready")
+        await fleet.workers["p0"].kill()
+        await fleet.until(lambda: len(fleet.table.usable()) == 1, "not noticed")
+        assert reason() is None, "one worker can do all"
+        ready.cancel()
+        await asyncio.wait([ready])
+        await fleet.workers["d0"].kill()
+        await fleet.until(lambda: not fleet.table.usable(), "not noticed")
+        assert reason() is not None, "ready without a worker"
+
+
+async def test_the_worker_that_comes_back_after_the_last_one_proves_the_path_before_readiness(tmp_path, roles):
+    async with open_fleet(tmp_path, roles("h0"), canary_interval_s=1000.0) as fleet:
+        ready = fleet.tasks.create_task(fleet.live.keep_ready())
+        reason = fleet.live.not_ready_reason
+        await fleet.until(lambda: reason() is None, "never ready")
+        await fleet.workers["h0"].kill()
+        await fleet.until(lambda: "canary" in (reason() or ""), "no canary although nobody is left")
+        await fleet.revive("h0")
+        fleet.workers["h0"].runner.gate.clear()
+        await fleet.until(lambda: fleet.workers["h0"].runner.entered.is_set(), "no canary")
+        assert fleet.table.usable()
+        assert reason() is not None, "ready before a token came"
+        fleet.workers["h0"].runner.gate.set()
+        await fleet.until(lambda: reason() is None, "never ready again")
+        ready.cancel()
+
+
 async def test_tokens_of_requests_are_proof_enough_and_no_canary_is_sent(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("h0"), canary_interval_s=30.0) as fleet:
         ready = fleet.tasks.create_task(fleet.live.keep_ready())

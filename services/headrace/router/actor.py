@@ -83,7 +83,11 @@ class LiveRequests:
 
     def not_ready_reason(self) -> str | None:
         """Return why the cluster cannot answer now, or None when it can."""
-        return "draining" if self.is_draining else self._not_ready
+        if self.is_draining:
+            return "draining"
+        if self._not_ready is None and not self._parts.table.usable():
+            return "no worker is connected and ready"
+        return self._not_ready
 
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate; closing the generator stops all work of the request."""
@@ -185,6 +189,8 @@ class LiveRequests:
                 self._not_ready is not None
                 or self._last_token_s is None
                 or self._clock.now() - self._last_token_s > self._config.canary_interval_s
+                # Whoever comes back must prove the path first.
+                or not self._parts.table.usable()
             )
             if is_due:
                 self._not_ready = await self._try_canary()
