@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, contextmanager
 import numpy as np
 import pytest
 
-from headrace.clock import WallClock
+from headrace.clock import VirtualClock, WallClock
 from headrace.core.block import BlockHash, KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
@@ -197,6 +197,22 @@ async def test_a_dead_store_is_a_miss_and_soon_costs_nothing(setup):
         assert await worker.client.match(names(1)) == {}
     assert time.monotonic() - begun_s < 0.2
     assert worker.client.counts.num_failures == 1
+    await setup.serve(port)
+
+
+async def test_a_store_that_stays_away_costs_one_call_per_growing_pause(setup):
+    worker, clock = setup.worker(), VirtualClock(100.0)
+    await worker.client.store(names(1), [0], soon())
+    client = KvClient(setup.server.address, setup.channels, worker.connector, worker.peers, worker._caller, clock)
+    port = await setup.stop()
+    assert await client.match(names(1)) == {}
+    failures = []
+    for _ in range(20):
+        clock.advance(1.0)
+        answers = await asyncio.gather(*(client.match(names(1)) for _ in range(5)))
+        assert answers == [{}] * 5
+        failures.append(client.counts.num_failures)
+    assert failures == [2, 2, 3, 3, 3, 3, *[4] * 8, *[5] * 6]
     await setup.serve(port)
 
 

@@ -17,6 +17,7 @@ from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
 from headrace.router.http.context import HttpSettings
 from headrace.router.member import RouterMember
+from headrace.router.prefixes import PrefixQueries
 from headrace.router.sequence import SequenceParts
 from headrace.router.service import RouterServicer
 from headrace.router.workers import WorkerTable
@@ -70,7 +71,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
             channels=channels,
             clock=clock,
             tasks=tasks,
-            kvstore=config.kvstore,
+            prefixes=PrefixQueries(config.kvstore, channels, clock) if config.kvstore is not None else None,
             max_moves=config.max_moves,
         )
         live = LiveRequests(config, parts, text, clock, metrics)

@@ -23,14 +23,14 @@ from headrace.errors import (
     PeerMismatch,
 )
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
+from headrace.router.prefixes import PrefixQueries
 from headrace.router.workers import Worker, WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
-from headrace.v1 import decode_pb2, decode_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 2.0
-MATCH_TIMEOUT_S = 0.2
 MOVE_PAUSE_S = 0.1
 MOVABLE = (PeerFailed, NotReady, BlockLost)
 
@@ -41,7 +41,7 @@ class SequenceParts:
 
     Attributes:
         tasks: Outlives every request.
-        kvstore: host:port of the kvstore, or None.
+        prefixes: Asks the kvstore; None runs without one.
         max_moves: How often a sequence may move after failures.
     """
 
@@ -49,7 +49,7 @@ class SequenceParts:
     channels: Channels
     clock: Clock
     tasks: asyncio.TaskGroup
-    kvstore: str | None
+    prefixes: PrefixQueries | None
     max_moves: int
 
 
@@ -79,7 +79,7 @@ class SequenceRun:
         self._spec = spec
         self._output: list[int] = list(spec.output)
         self._hashes: tuple[BlockHash, ...] = ()
-        if parts.kvstore is not None:
+        if parts.prefixes is not None:
             self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
         self._block_tokens = block_tokens
         self._excluded: set[str] = set()
@@ -142,15 +142,10 @@ class SequenceRun:
 
     async def _cached_tokens(self) -> dict[str, int]:
         """Ask the index who holds how much of the prompt; no answer means nobody."""
-        if self._parts.kvstore is None or not self._hashes:
+        if self._parts.prefixes is None:
             return {}
-        stub = kvstore_pb2_grpc.KvStoreServiceStub(self._parts.channels.get(self._parts.kvstore))
-        try:
-            async with translate_errors(self._parts.kvstore):
-                answer = await stub.Match(kvstore_pb2.MatchRequest(block_hashes=self._hashes), timeout=MATCH_TIMEOUT_S)
-        except HeadraceError:
-            return {}
-        return {match.location: match.num_blocks * self._block_tokens for match in answer.matches}
+        num_blocks = await self._parts.prefixes.match(self._hashes)
+        return {name: count * self._block_tokens for name, count in num_blocks.items()}
 
     def _reserve(self, route: Route, spec: SequenceSpec) -> None:
         num_tokens = len(spec.tokens)

@@ -29,6 +29,7 @@ from headrace.prefill.job import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
+from headrace.router.prefixes import PrefixQueries
 from headrace.router.sequence import SequenceParts, SequenceRun
 from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels
@@ -324,7 +325,7 @@ class Fleet:
             channels=self.channels,
             clock=self.clock,
             tasks=self.tasks,
-            kvstore=self.kvstore,
+            prefixes=PrefixQueries(self.kvstore, self.channels, self.clock) if self.kvstore is not None else None,
             max_moves=3,
         )
         config = RouterConfig(

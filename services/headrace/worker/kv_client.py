@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, BlockId, KvLayout
+from headrace.core.step_back import StepBack
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost, DeadlineExceeded, HeadraceError, NotReady, PeerFailed
 from headrace.runtime.channels import Channels, translate_errors
@@ -24,6 +25,9 @@ CONTROL_TIMEOUT_S = 1.0
 
 RETRY_S = 1.0
 """After a failure the store is left alone for this long, so that no request waits for a dead one in turn."""
+
+LONGEST_RETRY_S = 8.0
+"""The pause doubles with every failure up to this; then one call asks for all."""
 
 MAX_HASHES_PER_CALL = 32_768
 
@@ -92,7 +96,7 @@ class KvClient:
         self._caller = caller
         self._clock = clock
         self._announced = _Announced()
-        self._retry_at_s = float("-inf")
+        self._step_back = StepBack(clock, RETRY_S, LONGEST_RETRY_S)
         self.counts = StoreCounts()
 
     @property
@@ -273,29 +277,31 @@ class KvClient:
 
     async def _attempt(self, what: str, work: Callable[[], Awaitable[ResultT]], otherwise: ResultT) -> ResultT:
         """Turn every failure of the store into `otherwise`, logged and counted; leave a failed store alone a while."""
-        if self._clock.now() < self._retry_at_s:
+        if not self._step_back.may_ask():
             return otherwise
         try:
             async with translate_errors(self._address):
-                return await work()
+                result = await work()
         except (HeadraceError, TimeoutError) as error:
             self.counts.num_failures += 1
             code = error.code if isinstance(error, HeadraceError) else "timeout"
             logger.info("kvstore not used", extra={"what": what, "error": code})
-            await self._step_back(error)
-        return otherwise
+            await self._note_failure(error)
+            return otherwise
+        self._step_back.note_answer()
+        return result
 
-    async def _step_back(self, error: HeadraceError | TimeoutError) -> None:
+    async def _note_failure(self, error: HeadraceError | TimeoutError) -> None:
         match error:
             case PeerFailed() | NotReady():
                 # Dead, or reborn and without a pool: only a new handshake helps.
                 self._announced.owes_snapshot = True
-                self._retry_at_s = self._clock.now() + RETRY_S
+                self._step_back.note_failure()
                 await self._peers.forget(self._address)
             case DeadlineExceeded() | TimeoutError():
-                self._retry_at_s = self._clock.now() + RETRY_S
+                self._step_back.note_failure()
             case _:
-                return
+                self._step_back.note_answer()
 
     def _stub(self) -> "kvstore_pb2_grpc.KvStoreServiceAsyncStub":
         return kvstore_pb2_grpc.KvStoreServiceStub(self._channels.get(self._address))
