@@ -50,8 +50,10 @@ def is_available() -> bool:
     return True
 
 
-def build(extra_flags: tuple[str, ...] = ()) -> Path:
+def build() -> Path:
     """Compile what is not compiled yet; safe when several processes do it at once.
+
+    `HEADRACE_NATIVE_FLAGS` adds flags of the compiler, for sanitizers.
 
     Raises:
         NativeUnavailable: There is no compiler, or it failed.
@@ -60,7 +62,7 @@ def build(extra_flags: tuple[str, ...] = ()) -> Path:
     if compiler is None:
         raise NativeUnavailable("no C++ compiler: install g++ or set CXX")
     sources = sorted(SOURCE.glob("*.cpp"))
-    flags = (*FLAGS, *extra_flags)
+    flags = (*FLAGS, *os.environ.get("HEADRACE_NATIVE_FLAGS", "").split())
     digest = hashlib.sha256(repr((compiler, flags, platform.machine(), sorted(_processor_flags()))).encode())
     for file in sorted(SOURCE.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
