@@ -19,8 +19,10 @@ from headrace.errors import (
     HeadraceError,
     InternalError,
     NotReady,
+    Overloaded,
     PeerFailed,
     PeerMismatch,
+    Saturated,
 )
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
 from headrace.router.prefixes import PrefixQueries
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 CONTROL_TIMEOUT_S = 2.0
 MOVE_PAUSE_S = 0.1
 MOVABLE = (PeerFailed, NotReady, BlockLost)
+FULL = (Saturated, Overloaded)
+"""A worker has no room: its own word for it, and that of its gRPC server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +87,19 @@ class SequenceRun:
             self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
         self._block_tokens = block_tokens
         self._excluded: set[str] = set()
+        self._full: set[str] = set()
         self._prefill_failure: HeadraceError | None = None
 
     async def batches(self) -> AsyncGenerator[TokenBatch, None]:
         """Yield tokens, each exactly once, until one carries a finish reason.
 
         Raises:
+            Saturated: no worker has room.
             HeadraceError: it cannot go on; nothing of it is left on any worker.
         """
         moves = 0
         while True:
+            num_full = len(self._full)
             try:
                 async with aclosing(self._attempt()) as attempt:
                     async for batch in attempt:
@@ -102,11 +109,20 @@ class SequenceRun:
                         if fresh and fresh[-1].finish is not None:
                             return
                 raise PeerFailed("the worker ended its stream before the answer was complete")
+            except FULL as error:
+                if len(self._full) == num_full or not self._has_room():
+                    raise _saturated(error) from None
+                continue
             except MOVABLE as error:
                 moves += 1
                 if moves > self._parts.max_moves or isinstance(error, PeerMismatch):
                     raise
+            self._full.clear()
             await asyncio.sleep(MOVE_PAUSE_S)
+
+    def _has_room(self) -> bool:
+        """Return whether a worker is left that has not said that it is full."""
+        return not self._full.issuperset(worker.name for worker in self._parts.table.usable())
 
     async def _attempt(self) -> AsyncGenerator[TokenBatch, None]:
         # A name of its own per attempt: an earlier one may not have left its worker yet.
@@ -128,10 +144,9 @@ class SequenceRun:
         # Asked first: between the look at the loads and the reservation nobody else may choose.
         cached_tokens = await self._cached_tokens()
         views = [worker.view() for worker in self._parts.table.usable()]
-        excluded = frozenset(self._excluded)
-        if excluded.issuperset(view.name for view in views):
+        if (self._excluded | self._full).issuperset(view.name for view in views):
             self._excluded.clear()
-            excluded = frozenset()
+        excluded = frozenset(self._excluded | self._full)
         facts = RouteInput(
             key=spec.sequence_id,
             num_tokens=len(spec.tokens),
@@ -179,12 +194,27 @@ class SequenceRun:
         if self._prefill_failure is not None:
             # The call was cancelled here; what its end looks like means nothing.
             return self._prefill_failure
+        if isinstance(error, FULL):
+            self._full.add(worker.name)
         if isinstance(error, Cancelled):
             # Nobody here cancelled it: the worker is leaving and gave its calls up.
             error = PeerFailed(f"{worker.name} left during the call", worker=worker.address)
         if isinstance(error, NotReady) or (isinstance(error, PeerFailed) and _is_dead(worker, error)):
             self._avoid(worker.name)
         return error
+
+    def _pass_over(self, worker: Worker, route: Route, error: HeadraceError) -> str:
+        """Take note of who failed when a prefill call did, and return that worker's name."""
+        if isinstance(error, FULL):
+            name = route.decode if error.worker == route.decode else worker.name
+            self._full.add(name)
+            return name
+        if isinstance(error, PeerFailed) and not _is_dead(worker, error):
+            # The prefill worker lives and says that it cannot reach the decode worker.
+            self._excluded.add(route.decode)
+            return route.decode
+        self._avoid(worker.name)
+        return worker.name
 
     def _avoid(self, name: str) -> None:
         self._excluded.add(name)
@@ -222,19 +252,17 @@ class SequenceRun:
             try:
                 await self._prefill_once(worker, spec, target, writer_id)
                 return
-            except (PeerFailed, NotReady) as error:
-                if not isinstance(error, NotReady) and not _is_dead(worker, error):
-                    # The prefill worker lives and says that it cannot reach the decode worker.
-                    self._excluded.add(route.decode)
+            except (PeerFailed, NotReady, *FULL) as error:
+                if self._pass_over(worker, route, error) == route.decode:
                     raise
-                self._avoid(name)
                 name = self._successor(spec)
                 if name is None or not await self._may_succeed(target, writer_id):
                     raise
 
     def _successor(self, spec: SequenceSpec) -> str | None:
         views = [worker.view() for worker in self._parts.table.usable()]
-        facts = RouteInput(key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=frozenset(self._excluded))
+        excluded = frozenset(self._excluded | self._full)
+        facts = RouteInput(key=spec.sequence_id, num_tokens=len(spec.tokens), excluded=excluded)
         return choose_prefill(views, facts)
 
     async def _prefill_once(
@@ -274,6 +302,13 @@ class SequenceRun:
 def _is_dead(worker: Worker, error: HeadraceError) -> bool:
     """Return whether the connection to a worker failed; errors that it sends name it, or whom it could not reach."""
     return error.worker == worker.address
+
+
+def _saturated(error: HeadraceError) -> Saturated:
+    """Return what a client is told when nobody has room, whoever found the words."""
+    if isinstance(error, Saturated):
+        return error
+    return Saturated(error.message, limit=error.limit, retry_after_s=error.retry_after_s or 1.0, worker=error.worker)
 
 
 def _batch(message: decode_pb2.TokenEvents) -> TokenBatch:
