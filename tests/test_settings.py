@@ -233,3 +233,45 @@ def test_any_text_is_a_value_or_a_config_error(text: str, name: str) -> None:
     except ConfigError:
         return
     assert isinstance(loaded.value, Config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounded:
+    grpc_port: settings.Port = 50000
+    bytes: settings.Count | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grpc_port", "99999", "worker.grpc_port wants a whole number from 0 to 65535, found "),
+        ("grpc_port", "-1", "worker.grpc_port wants a whole number from 0 to 65535, found "),
+        ("grpc_port", "x", "worker.grpc_port wants a whole number from 0 to 65535, found "),
+        ("bytes", "0", "worker.bytes wants a whole number from 1 up or none, found "),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused_from_every_source(
+    tmp_path: Path, name: str, value: str, message: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"worker: {{{name}: {value}}}")
+    sources: list[tuple[Path | None, dict[str, str], dict[str, str]]] = [
+        (tmp_path / "c.yaml", {}, {}),
+        (None, {f"HEADRACE_WORKER_{name.upper()}": value}, {}),
+        (None, {}, {name: value}),
+    ]
+    for file, env, overrides in sources:
+        with pytest.raises(ConfigError, match=message):
+            settings.load(Bounded, file=file, section="worker", env=env, overrides=overrides)
+
+
+def test_numbers_at_their_bounds_and_no_number_are_accepted() -> None:
+    env = {"HEADRACE_WORKER_GRPC_PORT": "65535", "HEADRACE_WORKER_BYTES": "none"}
+    loaded = settings.load(Bounded, file=None, section="worker", env=env, overrides={})
+    assert loaded.value == Bounded(grpc_port=65535, bytes=None)
+
+
+def test_a_misspelt_section_in_the_environment_is_refused_and_other_programs_variables_are_not() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'HEADRACE_WORKER_GRPC_PORT'"):
+        settings.load(Bounded, file=None, section="worker", env={"HEADRACE_WORKR_GRPC_PORT": "1"}, overrides={})
+    env = {"HEADRACE_ROUTER_GRPC_PORT": "1", "HEADRACE_REDIS_SERVICE_HOST": "x", "HEADRACE_UP": ""}
+    assert settings.load(Bounded, file=None, section="worker", env=env, overrides={}).value == Bounded()

@@ -10,6 +10,7 @@ from pydoc_data import topics
 import torch
 
 from headrace.cli.layout import bundled_model
+from headrace.core.block import BlockId
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import batch_item
 from headrace.engine.models.decoder import build_decoder
@@ -34,7 +35,7 @@ def logits_of(model: Model, windows: list[list[int]]) -> Iterator[torch.Tensor]:
     arena = KvArena(model.kv_layout(), WINDOW // 16, CPU)
     runner = ModelRunner(model, arena)
     for window in windows:
-        item = batch_item(window, 0, range(WINDOW // 16), sample=True)
+        item = batch_item(window, 0, [BlockId(i) for i in range(WINDOW // 16)], sample=True)
         with torch.inference_mode():
             inputs = runner._inputs((item,))
             step = dataclasses.replace(inputs, sample_rows=torch.arange(len(window)))

@@ -11,9 +11,9 @@ The later wins. A field of a nested dataclass is `transfer: {lane: cma}`, `HEADR
 (two underscores, so that it cannot be mistaken for a field `transfer_lane`) and `--set transfer.lane=cma`.
 Lists are comma separated outside the file; `none` is no value where a field may have none.
 
-This is the only module that reads the environment. Variables `HEADRACE_*` of other sections are left alone:
-Kubernetes adds `HEADRACE_ROUTER_SERVICE_HOST` and the like for a Service of that name, so pods that run
-headrace switch off `enableServiceLinks`.
+This is the only module that reads the environment. Variables `HEADRACE_*` of other sections are left alone unless
+they look like a slip of the pen for one of this section: Kubernetes adds `HEADRACE_ROUTER_SERVICE_HOST` and the like
+for a Service of that name, so pods that run headrace switch off `enableServiceLinks`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 import yaml
 
@@ -35,6 +35,28 @@ T = TypeVar("T")
 
 SECTIONS = frozenset({"router", "worker", "kvstore", "run", "client"})
 """Sections a file may hold; each process reads its own and refuses unknown ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Bounds of a whole number, both allowed; `most` None is no upper one. Stands in a field's `Annotated` type."""
+
+    least: int
+    most: int | None = None
+
+    def __str__(self) -> str:
+        return f"a whole number from {self.least} " + ("up" if self.most is None else f"to {self.most}")
+
+    def holds(self, value: int) -> bool:
+        """Return whether a value lies within."""
+        return self.least <= value and (self.most is None or value <= self.most)
+
+
+Port: TypeAlias = Annotated[int, Between(0, 65535)]
+"""A port to bind; 0 lets the system choose."""
+
+Count: TypeAlias = Annotated[int, Between(1)]
+"""How many of something, or how many bytes; at least one."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -165,7 +187,7 @@ class _Found:
 
 def _flatten(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
     """Yield dotted name and type of every field that holds a value and not a dataclass."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
@@ -217,10 +239,20 @@ def _from_env(env: Mapping[str, str], section: str, fields: Mapping[str, Any]) -
     names = {prefix + name.upper().replace(".", "__"): name for name in fields}
     for variable in sorted(env):
         if not variable.startswith(prefix):
+            _refuse_slip(variable, names)
             continue
         if variable not in names:
             raise _unknown(variable, "the environment", names)
         yield _Found(name=names[variable], value=env[variable], origin=Origin.ENVIRONMENT, source=variable)
+
+
+def _refuse_slip(variable: str, names: Iterable[str]) -> None:
+    """Refuse a variable whose section is unknown and that is spelt almost like an option of this one."""
+    others = tuple(f"HEADRACE_{section.upper()}_" for section in SECTIONS)
+    if not variable.startswith("HEADRACE_") or variable.startswith(others):
+        return
+    if difflib.get_close_matches(variable, names, n=1, cutoff=0.9):
+        raise _unknown(variable, "the environment", names)
 
 
 def _from_overrides(overrides: Mapping[str, str]) -> Iterator[_Found]:
@@ -294,6 +326,8 @@ def _parse(text: object, kind: object) -> object:
     inner, is_optional = _unwrap(kind)
     if is_optional and text.strip().lower() == "none":
         return None
+    if typing.get_origin(inner) is Annotated:
+        return _check(_scalar(text, typing.get_args(inner)[0]), kind)
     if typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
         return tuple(_parse(part.strip(), item) for part in text.split(",") if part.strip())
@@ -328,6 +362,11 @@ def _check(value: object, kind: object) -> object:
     inner, is_optional = _unwrap(kind)
     if value is None and is_optional:
         return None
+    if typing.get_origin(inner) is Annotated:
+        plain, bounds = typing.get_args(inner)
+        if type(value) is not plain or not bounds.holds(value):
+            raise _Unfit(f"{bounds} or none" if is_optional else str(bounds))
+        return value
     if typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
         if not isinstance(value, list):

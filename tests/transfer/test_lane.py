@@ -1,6 +1,8 @@
 """Reading UCX's own words."""
 
 import asyncio
+import subprocess
+import threading
 
 import pytest
 
@@ -43,33 +45,21 @@ def test_no_table_is_no_lane():
     assert parse_lane("") is None
 
 
-class Child:
-    """A probe that answers when it is told to."""
-
-    returncode = 0
-
-    def __init__(self) -> None:
-        self.asked, self.answers = asyncio.Event(), asyncio.Event()
-
-    async def communicate(self, _: bytes) -> tuple[bytes, None]:
-        self.asked.set()
-        await self.answers.wait()
-        return b"", None
-
-
 async def test_a_cancellation_that_meets_the_answer_is_not_lost(monkeypatch):
-    child = Child()
+    asked, answers = threading.Event(), threading.Event()
 
-    async def start(*_: str, **__: object) -> Child:
-        return child
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[bytes]:
+        asked.set()
+        answers.wait(10)
+        return subprocess.CompletedProcess([], 0, b"")
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr(subprocess, "run", run)
     pool = PoolDescriptor(
         agent_name="a", agent_metadata=b"", base_address=0, block_bytes=8, num_blocks=1, device_id=0, epoch="e"
     )
     probing = asyncio.create_task(probe_lane(pool))
-    await child.asked.wait()
-    child.answers.set()
+    await asyncio.to_thread(asked.wait, 10)
+    answers.set()
     probing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await probing

@@ -5,20 +5,24 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import yaml
 
 from headrace.cli.ports import Ports
 from headrace.errors import ConfigError
-from headrace.settings import parse_assignments
+from headrace.settings import Between, parse_assignments
 from headrace.worker.config import Dtype
 
 HOST = "127.0.0.1"
+FirstPort: TypeAlias = Annotated[int, Between(1, 65535)]
 WORKER_ROLES = ("prefill", "decode", "hybrid")
 MOST_WORKERS = 64
 SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000"}
 """Threads of a worker wait for each other by spinning, long enough for the gaps within a step (a tenth of a
 millisecond), and sleep between steps, when the cores belong to other processes."""
+STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
+"""The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
 SERVE = (sys.executable, "-m", "headrace.cli.main", "serve")
 
 
@@ -40,8 +44,8 @@ class RunConfig:
     workers: tuple[str, ...] = ("prefill=1", "decode=1")
     model: Path | None = None
     dtype: Dtype = Dtype.AUTO
-    http_port: int = 8000
-    grpc_port: int = 50051
+    http_port: FirstPort = 8000
+    grpc_port: FirstPort = 50051
     ready_timeout_s: float = 120.0
 
 
@@ -161,7 +165,7 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
                 grpc=grpc[name],
                 http=f"http://{HOST}:{http_port}" if name == "router" else None,
                 log=run_dir / "logs" / f"{name}.log",
-                env=SPIN_BRIEFLY if roles[name] in WORKER_ROLES else {},
+                env=(SPIN_BRIEFLY if roles[name] in WORKER_ROLES else {}) | STAY_LOCAL,
             )
         )
     return services

@@ -16,7 +16,7 @@ from headrace import settings
 from headrace.cli.chat import chat
 from headrace.cli.complete import complete
 from headrace.cli.models import models
-from headrace.errors import ConfigError, HeadraceError, NotReady
+from headrace.errors import ConfigError, HeadraceError, NotReady, PeerFailed
 from headrace.settings import ServeArgs
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ ROOTS = {
 
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="State of the cluster; default .run")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set one option.")]
+ClusterAssignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Set one option of a role or of one process."),
+]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, fp32 or bf16")]
 
 
@@ -88,7 +92,7 @@ def up(  # noqa: PLR0913 - one parameter is one option of the command
     model: Annotated[Path | None, typer.Option("--model", help="GGUF file or Hugging Face folder.")] = None,
     http_port: Annotated[int | None, typer.Option("--http-port", help="First port tried; default 8000")] = None,
     run_dir: RunDir = None,
-    assignments: Assignments = None,
+    assignments: ClusterAssignments = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until Ctrl-C.")] = False,
 ) -> None:
     """Start a cluster on this machine and wait until it answers."""
@@ -208,6 +212,8 @@ def main() -> None:
         app()
     except HeadraceError as error:
         typer.echo(f"headrace: {error}", err=True)
+        if isinstance(error, PeerFailed):
+            typer.echo("Does the cluster run? `headrace status` shows it, `headrace up` starts it.", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message as ProtobufMessage
+
 from headrace.client.values import GenerateOptions, MemberInfo, Message, ModelInfo
 from headrace.errors import InvalidRequest
 from headrace.v1 import cluster_pb2, generate_pb2, router_pb2
@@ -11,6 +14,12 @@ DEFAULT_TEMPERATURE = 1.0
 _CALL_OPTIONS = frozenset({"model", "stop", "n", "timeout_s", "request_id", "cache_salt"})
 _OPTIONS = frozenset(GenerateOptions.__annotations__)
 _AT_LEAST_ONE = ("max_tokens", "n")
+_RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: "a whole number from -2^31 to 2^31 - 1",
+    FieldDescriptor.CPPTYPE_INT64: "a whole number from -2^63 to 2^63 - 1",
+    FieldDescriptor.CPPTYPE_UINT32: "a whole number from 0 to 2^32 - 1",
+    FieldDescriptor.CPPTYPE_UINT64: "a whole number from 0 to 2^64 - 1",
+}
 
 
 def text_request(prompt: str | Sequence[int], options: GenerateOptions) -> router_pb2.GenerateRequest:
@@ -125,7 +134,7 @@ def _put_chat(chat: router_pb2.ChatPrompt, messages: Iterable[Message]) -> None:
             _put(added, key, f"{field}.{key}", text)
 
 
-def _put(message: object, attribute: str, field: str, value: object) -> None:
+def _put(message: ProtobufMessage, attribute: str, field: str, value: object) -> None:
     """Write one attribute of a protobuf message; what does not fit its type is the caller's mistake."""
     try:
         if isinstance(value, Mapping):
@@ -135,4 +144,7 @@ def _put(message: object, attribute: str, field: str, value: object) -> None:
         else:
             getattr(message, attribute).extend(value)
     except (TypeError, ValueError, AttributeError) as error:
+        limit = _RANGES.get(message.DESCRIPTOR.fields_by_name[attribute].cpp_type)
+        if limit is not None and isinstance(value, int):
+            raise InvalidRequest(f"{field} must be {limit}, found {value}", field=field, limit=limit) from None
         raise InvalidRequest(f"{field} cannot be sent: {error}", field=field) from None

@@ -102,6 +102,9 @@ def error_of(
     if kind is Overloaded and "larger than max" in message:
         # gRPC reports an oversized message with the code of a quota; a retry would not help.
         kind = InvalidRequest
+    if kind is DeadlineExceeded:
+        # What gRPC says then ("Stream removed", "Deadline Exceeded") adds nothing.
+        return DeadlineExceeded(f"the deadline passed while {peer or 'the server'} worked", worker=peer or None)
     return kind(f"call to {peer or 'peer'} failed with {code}: {message}", worker=peer or None)
 
 

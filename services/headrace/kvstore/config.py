@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from headrace.settings import Count, Port
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvStoreConfig:
@@ -22,11 +24,11 @@ class KvStoreConfig:
 
     name: str = "kvstore"
     host: str = "127.0.0.1"
-    grpc_port: int = 50052
-    memory_bytes: int = 1 << 30
-    max_hashes: int = 65_536
-    max_workers: int = 1024
+    grpc_port: Port = 50052
+    memory_bytes: Count = 1 << 30
+    max_hashes: Count = 65_536
+    max_workers: Count = 1024
     max_lease_s: float = 60.0
     settle_s: float = 5.0
-    mailbox: int = 4096
+    mailbox: Count = 4096
     exit_with_parent: bool = False

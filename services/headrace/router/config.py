@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.settings import Count, Port
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
@@ -24,24 +26,24 @@ class RouterConfig:
         max_moves: How often a request may move to other workers after failures.
         first_report_timeout_s: How long a worker may stay silent before it counts as dead.
         canary_interval_s: Longest age of the last answered token before readiness is proven anew.
-        max_body_bytes: Largest HTTP body.
+        max_body_bytes: Largest HTTP body or gRPC request.
         exit_with_parent: End when the process that started this one ends.
     """
 
     name: str = "router"
     host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 50051
+    http_port: Port = 8000
+    grpc_port: Port = 50051
     workers: tuple[str, ...] = ()
     kvstore: str | None = None
     model: Path
     model_name: str | None = None
     cache_dir: Path | None = None
-    max_live_requests: int = 256
+    max_live_requests: Count = 256
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
     max_moves: int = 3
     first_report_timeout_s: float = 2.0
     canary_interval_s: float = 15.0
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: Count = 8 << 20
     exit_with_parent: bool = False

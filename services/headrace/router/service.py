@@ -13,6 +13,7 @@ from headrace.core.wire import piece_to_proto
 from headrace.errors import InvalidRequest
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
+from headrace.router.tokens import off_loop, refuse_long_text
 from headrace.v1 import router_pb2, router_pb2_grpc
 
 
@@ -42,8 +43,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.GenerateRequest, context: "grpc.aio.ServicerContext[object, object]"
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         """Stream the answer; cancelling the call stops all its work."""
+        self._refuse_large(request.ByteSize())
         model = self._frontend.model(request.model)
-        checked = self._checked(request, model, context.time_remaining())
+        prompt = await _prompt_tokens(model, request, self._limits(model))
+        checked = self._checked(request, prompt, model, context.time_remaining())
         async with aclosing(self._frontend.submit(checked)) as pieces:
             name = model.name
             async for piece in pieces:
@@ -54,12 +57,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.TokenizeRequest, context: "grpc.aio.ServicerContext[object, object]"
     ) -> router_pb2.TokenizeResponse:
         """Turn text or a chat into tokens."""
+        self._refuse_large(request.ByteSize())
         model = self._frontend.model(request.model)
         match request.WhichOneof("input"):
             case "text":
-                tokens = model.text.encode(request.text)
+                tokens = await _text_tokens(model, request.text)
             case "chat":
-                tokens = _chat_tokens(model, request.chat)
+                tokens = await _chat_tokens(model, request.chat)
             case _:
                 raise InvalidRequest("input is missing: give text or chat", field="input")
         return router_pb2.TokenizeResponse(token_ids=tokens, max_context_tokens=model.max_context_tokens)
@@ -69,6 +73,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.DetokenizeResponse:
         """Turn tokens into text."""
         model = self._frontend.model(request.model)
+        # Decoding holds the interpreter lock, so its length is bounded.
+        if len(request.token_ids) > model.max_context_tokens:
+            limit = f"at most {model.max_context_tokens} tokens"
+            raise InvalidRequest(
+                f"token_ids must be {limit}, found {len(request.token_ids)}", field="token_ids", limit=limit
+            )
         too_large = [token for token in request.token_ids if token >= model.text.vocab_size]
         if too_large:
             raise InvalidRequest(
@@ -96,13 +106,38 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """List the processes and their last reports."""
         return self._cluster()
 
+    def _refuse_large(self, size: int) -> None:
+        """Refuse a message over the limit that HTTP bodies have.
+
+        Raises:
+            InvalidRequest: it is larger.
+        """
+        limit = self._config.max_body_bytes
+        if size > limit:
+            raise InvalidRequest(
+                f"the request has {size} bytes; at most {limit} are allowed", field="prompt", limit=f"{limit} bytes"
+            )
+
+    def _limits(self, model: ServedModel) -> RequestLimits:
+        return RequestLimits(
+            model=model.name,
+            max_context_tokens=model.max_context_tokens,
+            vocab_size=model.text.vocab_size,
+            default_timeout_s=self._config.default_timeout_s,
+            max_timeout_s=self._config.max_timeout_s,
+        )
+
     def _checked(
-        self, request: router_pb2.GenerateRequest, model: ServedModel, timeout_s: float | None
+        self,
+        request: router_pb2.GenerateRequest,
+        prompt: list[int],
+        model: ServedModel,
+        timeout_s: float | None,
     ) -> GenerationRequest:
         sampling = request.sampling
         draft = RequestDraft(
             request_id=request.request_id or "gen-" + secrets.token_hex(12),
-            prompt=_prompt_tokens(model, request),
+            prompt=prompt,
             fresh_seed=secrets.randbits(64),
             temperature=sampling.temperature,
             top_k=sampling.top_k if sampling.HasField("top_k") else None,
@@ -123,29 +158,29 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             timeout_s=None if timeout_s is None else min(timeout_s, self._config.max_timeout_s),
             cache_salt=request.cache_salt or None,
         )
-        limits = RequestLimits(
-            model=model.name,
-            max_context_tokens=model.max_context_tokens,
-            vocab_size=model.text.vocab_size,
-            default_timeout_s=self._config.default_timeout_s,
-            max_timeout_s=self._config.max_timeout_s,
-        )
-        return build_request(draft, limits, now_unix_ms=self._clock.unix_ms())
+        return build_request(draft, self._limits(model), now_unix_ms=self._clock.unix_ms())
 
 
-def _prompt_tokens(model: ServedModel, request: router_pb2.GenerateRequest) -> list[int]:
+async def _prompt_tokens(model: ServedModel, request: router_pb2.GenerateRequest, limits: RequestLimits) -> list[int]:
     match request.WhichOneof("prompt"):
         case "text":
-            return model.text.encode(request.text)
+            refuse_long_text(model, [request.text], "prompt", limits)
+            return await _text_tokens(model, request.text)
         case "tokens":
             return list(request.tokens.token_ids)
         case "chat":
-            return _chat_tokens(model, request.chat)
+            refuse_long_text(model, [message.content for message in request.chat.messages], "chat.messages", limits)
+            return await _chat_tokens(model, request.chat)
         case _:
             raise InvalidRequest("prompt is missing: give text, tokens or chat", field="prompt")
 
 
-def _chat_tokens(model: ServedModel, chat: router_pb2.ChatPrompt) -> list[int]:
+async def _text_tokens(model: ServedModel, text: str) -> list[int]:
+    return await off_loop(len(text), lambda: model.text.encode(text))
+
+
+async def _chat_tokens(model: ServedModel, chat: router_pb2.ChatPrompt) -> list[int]:
     if not chat.messages:
         raise InvalidRequest("chat has no messages: give at least one", field="chat.messages")
-    return model.text.chat_tokens([{"role": message.role, "content": message.content} for message in chat.messages])
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    return await off_loop(sum(len(each["content"]) for each in messages), lambda: model.text.chat_tokens(messages))

@@ -7,6 +7,7 @@ it is that child; it gets the peer's TransferPool on its standard input.
 
 import asyncio
 import re
+import subprocess
 import sys
 import time
 
@@ -33,25 +34,21 @@ async def probe_lane(pool: PoolDescriptor) -> str:
     Raises:
         PeerFailed: the peer did not answer, or UCX printed something unknown.
     """
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "headrace.transfer.lane",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**environment(), "UCX_PROTO_INFO": "y"},
-    )
     try:
-        async with asyncio.timeout(PROBE_TIMEOUT_S):
-            output, _ = await child.communicate(pool_to_proto(pool).SerializeToString())
-    except TimeoutError:
+        # Not asyncio's own: uvloop forks, and the fork handlers of gRPC's threads crash the child now and then.
+        child = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "headrace.transfer.lane"],
+            input=pool_to_proto(pool).SerializeToString(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**environment(), "UCX_PROTO_INFO": "y"},
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
         raise PeerFailed(f"{pool.agent_name} did not answer a read within {PROBE_TIMEOUT_S:g} s") from None
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    lane = parse_lane(output.decode(errors="replace"))
+    lane = parse_lane(child.stdout.decode(errors="replace"))
     if lane is None or child.returncode != 0:
         raise PeerFailed(f"no lane to {pool.agent_name}: the test read ended with status {child.returncode}")
     return lane

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from headrace.settings import Count, Port
+
 _QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
@@ -63,7 +65,7 @@ class WorkerConfig:
     name: str
     role: WorkerRole
     host: str = "127.0.0.1"
-    grpc_port: int = 50061
+    grpc_port: Port = 50061
     model: Path
     model_name: str | None = None
     dtype: Dtype = Dtype.AUTO
@@ -71,10 +73,10 @@ class WorkerConfig:
     threads: int = 0
     shared_cores: Path | None = None
     block_tokens: int = 16
-    kv_memory_bytes: int = 1 << 30
-    max_running: int = 64
+    kv_memory_bytes: Count = 1 << 30
+    max_running: Count = 64
     shape: str = "sarathi"
-    token_budget: int = 512
+    token_budget: Count = 512
     kvstore: str | None = None
     peers: tuple[str, ...] = ()
     cache_dir: Path | None = None

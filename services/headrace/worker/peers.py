@@ -65,6 +65,15 @@ class Peers:
             logger.info("peer connected", extra={"peer": peer.name, "address": address, "epoch": peer.epoch})
             return peer
 
+    async def refresh(self, address: str) -> cluster_pb2.HandshakeResponse:
+        """Return the peer that runs at `address` now; one that was reborn unnoticed is met anew.
+
+        Raises:
+            PeerFailed, PeerMismatch: as `ensure`.
+        """
+        running = await self.handshake(address)
+        return await self.ensure(address, running.epoch)
+
     async def handshake(self, address: str) -> cluster_pb2.HandshakeResponse:
         """Introduce this process and check what answers."""
         stub = cluster_pb2_grpc.ClusterServiceStub(self._channels.get(address))

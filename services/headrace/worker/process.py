@@ -1,6 +1,7 @@
 """One worker process: what it is made of, and what it says of itself."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class WorkerMember:
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:
         """Move scratch blocks to and from a peer's scratch blocks."""
-        peer = await self._peers.ensure(peer_address)
+        peer = await self._peers.refresh(peer_address)
         local = _scratch(self._connector.pool)
         remote = list(range(peer.pool.num_blocks - len(local), peer.pool.num_blocks))
         found = await measure(self._connector, peer.pool.agent_name, local, remote, self._clock)
@@ -167,7 +168,14 @@ class WorkerMember:
                 num_steps = self._engine.stats().num_steps
                 await server.set_ready(is_ready=not self.not_ready_reason, reason=self.not_ready_reason)
             num_seen = num_steps
+            await self._meet_kvstore()
             await asyncio.sleep(PEER_RETRY_S if self.not_ready_reason else CANARY_INTERVAL_S)
+
+    async def _meet_kvstore(self) -> None:
+        """Meet a kvstore that was reborn before a request needs it."""
+        if self._config.kvstore is not None:
+            with contextlib.suppress(HeadraceError):
+                await self._peers.refresh(self._config.kvstore)
 
     async def _meet_peers(self) -> None:
         """Connect configured peers once, so that no request pays for it; a dead one is met when it is needed."""

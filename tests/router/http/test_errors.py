@@ -225,3 +225,17 @@ async def test_without_workers_requests_get_503(settings):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         assert (await client.post(CHAT, json={"messages": HI})).status_code == 503
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": []}
+
+
+@pytest.mark.parametrize(
+    ("raw", "param", "words"),
+    [
+        (b'{"messages": [], "temperature": NaN}', "temperature", "must be a finite number, found NaN"),
+        (b'{"top_p":-Infinity, "messages": []}', "top_p", "must be a finite number, found -Infinity"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "body", "half of a surrogate pair"),
+    ],
+)
+async def test_slips_of_json_writers_are_named(http, raw, param, words):
+    error = error_of(await http.post(CHAT, content=raw, headers={"content-type": "application/json"}))
+    assert error["param"] == param
+    assert words in error["message"]

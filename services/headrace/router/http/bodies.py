@@ -160,6 +160,8 @@ def refuse_unsupported(body: msgspec.Struct, prefix: str = "") -> None:
 Body = TypeVar("Body", bound=msgspec.Struct)
 _PATH = re.compile(r"`\$\.?([^`]*)`$")
 _FIELD = re.compile(r"field `([^`]*)`")
+_NOT_FINITE = re.compile(rb'"(\w{1,64})"\s*:\s*(-?(?:NaN|Infinity))\b', re.ASCII)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def decode(kind: type[Body], raw: bytes) -> Body:
@@ -176,7 +178,20 @@ def decode(kind: type[Body], raw: bytes) -> Body:
         raise InvalidRequest("the body is nested too deeply", field="body") from error
     # Broken JSON, broken UTF-8 and numbers of thousands of digits.
     except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON in UTF-8: {_cause(error)}", field="body") from error
+        raise _broken(raw, error) from error
+
+
+def _broken(raw: bytes, error: ValueError) -> InvalidRequest:
+    """Return the error of a body that is no JSON; names the two slips that JSON writers make."""
+    number = _NOT_FINITE.search(raw)
+    if number is not None:
+        name, value = number[1].decode("ascii"), number[2].decode("ascii")
+        return InvalidRequest(f"{name} must be a finite number, found {value}", field=name, limit="a finite number")
+    if _SURROGATE.search(raw):
+        return InvalidRequest(
+            "the body is not valid JSON in UTF-8; a text in it may hold half of a surrogate pair", field="body"
+        )
+    return InvalidRequest(f"the body is not valid JSON in UTF-8: {_cause(error)}", field="body")
 
 
 def _cause(error: ValueError) -> str:

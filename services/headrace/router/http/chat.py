@@ -20,10 +20,10 @@ from headrace.router.http.prompts import (
     chat_messages,
     chat_tokens,
     generation_requests,
-    refuse_long_text,
     request_draft,
 )
 from headrace.router.http.sse import DONE, ChunkWriter, encode_json, error_event, usage_value
+from headrace.router.tokens import refuse_long_text
 
 
 async def chat_completions(request: Request, context: HttpContext) -> Response:
@@ -62,7 +62,7 @@ async def _requests(
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
     texts = [message["content"] for message in chat_messages(body.messages)]
-    refuse_long_text(model, texts, "messages", context)
+    refuse_long_text(model, texts, "messages", context.limits(model))
     prompt = await chat_tokens(
         model, body.messages, add_generation_prompt=body.add_generation_prompt is not False, context=context
     )

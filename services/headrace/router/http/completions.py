@@ -15,8 +15,9 @@ from headrace.router.http.context import HttpContext
 from headrace.router.http.delivery import EventSender, EventStream, run_requests, until_disconnect
 from headrace.router.http.head import answer_head, stream_wants_usage
 from headrace.router.http.logprobs import CompletionLogprobs
-from headrace.router.http.prompts import generation_requests, refuse_long_text, request_draft, text_tokens
+from headrace.router.http.prompts import generation_requests, request_draft, text_tokens
 from headrace.router.http.sse import DONE, ChunkWriter, encode_json, error_event, usage_value
+from headrace.router.tokens import refuse_long_text
 
 # OpenAI's default for this endpoint.
 _DEFAULT_MAX_TOKENS = 16
@@ -82,7 +83,7 @@ async def _prompt_tokens(
 ) -> list[list[int]]:
     for prompt in prompts:
         if isinstance(prompt, str):
-            refuse_long_text(model, [prompt], "prompt", context)
+            refuse_long_text(model, [prompt], "prompt", context.limits(model))
     return [
         await text_tokens(model, prompt, add_special=True, context=context) if isinstance(prompt, str) else prompt
         for prompt in prompts

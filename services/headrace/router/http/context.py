@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from headrace.clock import Clock
 from headrace.core.validate import RequestLimits
 from headrace.router.frontend import Frontend, ServedModel
+from headrace.router.tokens import INLINE_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class HttpSettings:
     max_body_bytes: int = 8 * 1024 * 1024
     max_prompts: int = 32
     # 8,000 characters take about 2 ms to tokenize (2 cores, 2026-11-21).
-    inline_chars: int = 8_000
+    inline_chars: int = INLINE_CHARS
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
 

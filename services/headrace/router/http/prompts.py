@@ -1,24 +1,22 @@
 """From a request's fields to checked generation requests."""
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from starlette.requests import Request
 
 from headrace.core.request import GenerationRequest
-from headrace.core.validate import RequestDraft, build_request, check_prompt_length
+from headrace.core.validate import RequestDraft, build_request
 from headrace.errors import InvalidRequest
 from headrace.router.frontend import ServedModel
 from headrace.router.http.bodies import Message, SamplingBody, refuse_unsupported
 from headrace.router.http.context import HttpContext
 from headrace.router.http.request_id import internal_id
+from headrace.router.tokens import off_loop
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 # `developer` is OpenAI's newer word for `system`; templates know only the old one.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-Result = TypeVar("Result")
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -58,13 +56,6 @@ def _content(message: Message, path: str) -> str:
     return "\n".join(texts)
 
 
-async def off_loop(num_chars: int, context: HttpContext, work: Callable[[], Result]) -> Result:
-    """Return what `work` returns; large texts are worked on in a thread, so that streams go on."""
-    if num_chars <= context.settings.inline_chars:
-        return work()
-    return await asyncio.to_thread(work)
-
-
 async def chat_tokens(
     model: ServedModel, messages: Sequence[Message], *, add_generation_prompt: bool, context: HttpContext
 ) -> list[int]:
@@ -77,24 +68,15 @@ async def chat_tokens(
     num_chars = sum(len(message["content"]) for message in rendered)
     return await off_loop(
         num_chars,
-        context,
         lambda: model.text.chat_tokens(rendered, add_generation_prompt=add_generation_prompt),
+        context.settings.inline_chars,
     )
 
 
 async def text_tokens(model: ServedModel, text: str, *, add_special: bool, context: HttpContext) -> list[int]:
     """Return the tokens of a plain text."""
-    return await off_loop(len(text), context, lambda: model.text.encode(text, add_special=add_special))
-
-
-def refuse_long_text(model: ServedModel, texts: Sequence[str], name: str, context: HttpContext) -> None:
-    """Refuse text that cannot fit the context before time goes into tokenizing it.
-
-    Raises:
-        InvalidRequest: the texts together are too long for the context.
-    """
-    num_tokens = sum(model.text.min_num_tokens(text) for text in texts)
-    check_prompt_length(num_tokens, context.limits(model), name=name)
+    inline_chars = context.settings.inline_chars
+    return await off_loop(len(text), lambda: model.text.encode(text, add_special=add_special), inline_chars)
 
 
 def timeout_s(body: SamplingBody, request: Request) -> float | None:
