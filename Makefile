@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 up: $(INSTALLED) ## Start the cluster, ask it one question, leave it running
 	$(BIN)/headrace up $(HEADRACE_UP)
-	$(BIN)/headrace chat --once "What is a headrace in a water mill? Answer in one sentence."
+	$(BIN)/headrace chat --once "What is a headrace in a water mill? Answer in one sentence." --max-tokens 128
 
 down: $(INSTALLED) ## Stop the cluster
 	$(BIN)/headrace down

@@ -43,5 +43,5 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartClu
 
 @pytest.fixture
 def cluster(start_cluster: StartCluster) -> LocalCluster:
-    """One prefill and one decode worker in fp32."""
-    return start_cluster()
+    """One prefill and one decode worker, precision as `headrace up` chooses it."""
+    return start_cluster(dtype="auto")

@@ -20,7 +20,7 @@ COMMAND = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    with LocalCluster(tmp_path_factory.mktemp("readme") / "run", dtype="bf16") as running:
+    with LocalCluster(tmp_path_factory.mktemp("readme") / "run", dtype="auto") as running:
         yield running
 
 

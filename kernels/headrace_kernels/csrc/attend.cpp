@@ -175,17 +175,21 @@ void score_few(const Keys& found, const float* queries, int64_t dim, float* scor
         for (int64_t i = 0; i < 8; ++i) {
             const uint16_t* key = found.keys[std::min(begin + i, found.count - 1)];
             F8 even_sum[R], odd_sum[R];
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) even_sum[r] = odd_sum[r] = zero();
             for (int64_t d = 0; d < dim; d += 16) {
                 F8 even, odd;
                 load_halves(key + d, even, odd);
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     even_sum[r] = fma(even, load(queries + r * dim + d), even_sum[r]);
                     odd_sum[r] = fma(odd, load(queries + r * dim + d + kLanes), odd_sum[r]);
                 }
             }
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) parts[r][i] = _mm256_add_ps(even_sum[r], odd_sum[r]);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) store(scores + r * kKeys + begin, sums_of(parts[r]));
     }
 }
@@ -195,6 +199,7 @@ template <int R>
 void weigh_few(const Keys& found, const float* weights, int64_t dim, float* sums) {
     for (int64_t d = 0; d < dim; d += 16) {
         F8 acc[R][2];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             acc[r][0] = load(sums + r * dim + d);
             acc[r][1] = load(sums + r * dim + d + kLanes);
@@ -202,12 +207,14 @@ void weigh_few(const Keys& found, const float* weights, int64_t dim, float* sums
         for (int64_t i = 0; i < found.count; ++i) {
             F8 even, odd;
             load_halves(found.values[i] + d, even, odd);
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const F8 weight = _mm256_broadcast_ss(weights + r * kKeys + i);
                 acc[r][0] = fma(even, weight, acc[r][0]);
                 acc[r][1] = fma(odd, weight, acc[r][1]);
             }
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             store(sums + r * dim + d, acc[r][0]);
             store(sums + r * dim + d + kLanes, acc[r][1]);

@@ -104,6 +104,7 @@ void quantise(const float* x, int64_t size, int16_t* codes, float* scales, float
 template <typename F>
 void add_block(const I8 (&acc)[2], const F8 (&scale)[2], const F8 (&minimum)[2], float row_scale, float row_sum,
                F8 (&out)[2]) {
+#pragma GCC unroll 8
     for (int h = 0; h < 2; ++h) {
         if constexpr (F::has_minimum) out[h] = fma(minimum[h], all(row_sum), out[h]);
         out[h] = fma(_mm256_cvtepi32_ps(acc[h]), _mm256_mul_ps(scale[h], all(row_scale)), out[h]);
@@ -116,16 +117,20 @@ void multiply_packed(const uint8_t* panel, const Rows& rows, int64_t first, int6
     const int64_t blocks = in_size / kBlock;
     const int16_t* codes = rows.codes + first * in_size;
     F8 total[R][2];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = zero();
     for (int64_t b = 0; b < blocks; ++b, panel += block_bytes<F>()) {
         for (int64_t line = 0; line < block_bytes<F>(); line += 64)
             _mm_prefetch(reinterpret_cast<const char*>(panel) + 4 * block_bytes<F>() + line, _MM_HINT_T0);
         I8 acc[R][2];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
         for (int64_t v = 0; v < F::vectors; ++v) {
             I8 weights[F::pairs][2];
             F::unpack(panel, v, weights);
+#pragma GCC unroll 8
             for (int p = 0; p < F::pairs; ++p) {
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const I8 x = broadcast_pair(codes + r * in_size + b * kBlock + 2 * (F::pairs * v + p));
                     acc[r][0] = add_products(acc[r][0], x, weights[p][0]);
@@ -140,11 +145,13 @@ void multiply_packed(const uint8_t* panel, const Rows& rows, int64_t first, int6
             minimum[0] = load_f16(head + 16);
             minimum[1] = load_f16(head + 24);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const int64_t at = (first + r) * blocks + b;
             add_block<F>(acc[r], scale, minimum, rows.scales[at], rows.sums[at], total[r]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         store(out + r * kPanel, total[r][0]);
         store(out + r * kPanel + kLanes, total[r][1]);
@@ -158,11 +165,13 @@ void unpack_panel(const uint8_t* panel, int64_t blocks, int16_t* codes, float* h
         for (int64_t v = 0; v < F::vectors; ++v) {
             I8 weights[F::pairs][2];
             F::unpack(panel, v, weights);
+#pragma GCC unroll 8
             for (int p = 0; p < F::pairs; ++p)
                 for (int h = 0; h < 2; ++h, codes += 16)
                     _mm256_storeu_si256(reinterpret_cast<I8*>(codes), weights[p][h]);
         }
         const uint16_t* head = head_of(panel);
+#pragma GCC unroll 8
         for (int h = 0; h < 2; ++h) {
             store(heads + h * kLanes, load_f16(head + h * kLanes));
             if constexpr (F::has_minimum) store(heads + (2 + h) * kLanes, load_f16(head + (2 + h) * kLanes));
@@ -176,16 +185,19 @@ void multiply_unpacked(const int16_t* panel, const float* heads, const Rows& row
                        float* out) {
     const int64_t blocks = in_size / kBlock;
     const int16_t* codes = rows.codes + first * in_size;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         store(out + r * kPanel, zero());
         store(out + r * kPanel + kLanes, zero());
     }
     for (int64_t b = 0; b < blocks; ++b, heads += 4 * kLanes) {
         I8 acc[R][2];
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
         for (int64_t p = 0; p < kPairs; ++p, panel += 32) {
             const I8 w0 = _mm256_loadu_si256(reinterpret_cast<const I8*>(panel));
             const I8 w1 = _mm256_loadu_si256(reinterpret_cast<const I8*>(panel + 16));
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const I8 x = broadcast_pair(codes + r * in_size + b * kBlock + 2 * p);
                 acc[r][0] = add_products(acc[r][0], x, w0);
@@ -198,6 +210,7 @@ void multiply_unpacked(const int16_t* panel, const float* heads, const Rows& row
             minimum[0] = load(heads + 2 * kLanes);
             minimum[1] = load(heads + 3 * kLanes);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const int64_t at = (first + r) * blocks + b;
             F8 total[2] = {load(out + r * kPanel), load(out + r * kPanel + kLanes)};
@@ -217,8 +230,10 @@ void multiply_bf16(const uint16_t* panel, const float* x, int64_t in_size, float
         for (auto& row : chain) row[0] = row[1] = zero();
     for (int64_t k = 0; k < in_size; k += kChains) {
         _mm_prefetch(reinterpret_cast<const char*>(panel + k * kPanel) + 1024, _MM_HINT_T0);
+#pragma GCC unroll 8
         for (int c = 0; c < kChains; ++c) {
             const F8 w0 = load_bf16(panel + (k + c) * kPanel), w1 = load_bf16(panel + (k + c) * kPanel + kLanes);
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const F8 value = _mm256_broadcast_ss(x + r * in_size + k + c);
                 acc[c][r][0] = fma(value, w0, acc[c][r][0]);
@@ -226,7 +241,9 @@ void multiply_bf16(const uint16_t* panel, const float* x, int64_t in_size, float
             }
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int h = 0; h < 2; ++h) {
             F8 total = acc[0][r][h];
             for (int c = 1; c < kChains; ++c) total = _mm256_add_ps(total, acc[c][r][h]);

@@ -9,18 +9,21 @@ template <int R>
 inline void add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                         int64_t c_stride, int64_t depth) {
     F8 acc[R][2];
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         acc[r][0] = load(c + r * c_stride);
         acc[r][1] = load(c + r * c_stride + kLanes);
     }
     for (int64_t k = 0; k < depth; ++k) {
         const F8 b0 = load(b + k * b_stride), b1 = load(b + k * b_stride + kLanes);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const F8 x = _mm256_broadcast_ss(a + r * a_stride + k);
             acc[r][0] = fma(x, b0, acc[r][0]);
             acc[r][1] = fma(x, b1, acc[r][1]);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
         store(c + r * c_stride, acc[r][0]);
         store(c + r * c_stride + kLanes, acc[r][1]);

@@ -97,7 +97,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         if not lifecycle.is_stopping:
             raise ConfigError(f"cannot listen on {config.host}:{config.http_port}: choose a free port")
         live.is_draining = True
-        await server.drain(DRAIN_S)
+        await server.drain(lifecycle.grace_s(DRAIN_S))
         web.should_exit = True
         await asyncio.wait([serving])
         await server.stop()

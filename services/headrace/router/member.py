@@ -65,7 +65,7 @@ class RouterMember:
     async def drain(self, grace_s: float) -> int:
         """Begin to leave."""
         self._live.is_draining = True
-        self._lifecycle.stop("drain")
+        self._lifecycle.stop("drain", grace_s)
         return self._live.num_live
 
     async def measure(self, peer_address: str) -> cluster_pb2.MeasureTransportResponse:

@@ -43,7 +43,7 @@ class LocalCluster:
     Args:
         run_dir: Where it keeps its files.
         workers: As for `headrace up --workers`.
-        dtype: "fp32" or "bf16".
+        dtype: "auto", "fp32" or "bf16".
         settings: Further `--set` assignments.
         env: Further environment variables.
     """

@@ -1,0 +1,42 @@
+"""What a cluster on one machine promises beside answers: loopback only, and a doctor that finds it well."""
+
+import ipaddress
+
+import psutil
+import pytest
+
+from headrace.cli.doctor import measure_lanes
+from headrace.testing.cluster import LocalCluster, wait_until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+def blocks_movers(cluster: LocalCluster) -> dict[str, str]:
+    return {process.name: process.grpc for process in cluster.state().processes if process.role != "router"}
+
+
+def test_every_server_listens_on_loopback_only(cluster):
+    names = {process.name: process.pid for process in cluster.state().processes}
+    assert set(names) == {"router", "kvstore", "prefill-0", "decode-0"}
+    for name, pid in names.items():
+        listening = [found for found in psutil.Process(pid).net_connections("inet") if found.status == "LISTEN"]
+        assert listening, name
+        for socket in listening:
+            address = ipaddress.ip_address(socket.laddr.ip)
+            mapped = getattr(address, "ipv4_mapped", None)
+            assert (mapped or address).is_loopback, f"{name} listens on {socket.laddr}"
+
+
+def test_the_doctor_measures_every_pair_also_after_the_kvstore_was_reborn(cluster):
+    lanes = list(measure_lanes(blocks_movers(cluster)))
+    assert len(lanes) == 6
+    assert [lane.error for lane in lanes] == [None] * 6
+    old = cluster.kill("kvstore")
+    cluster.wait_restarted("kvstore", old)
+
+    def errors() -> list[str | None]:
+        return [lane.error for lane in measure_lanes(blocks_movers(cluster))]
+
+    # Workers look for a reborn kvstore every few seconds.
+    wait_until(lambda: errors() == [None] * 6, 30.0, lambda: f"lanes: {errors()}")
+    cluster.wait_quiet()
