@@ -1,5 +1,6 @@
 """The command `headrace chat`."""
 
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,8 @@ class Conversation:
 
 
 def _converse(conversation: Conversation) -> None:
+    # A shell that starts commands in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             line = _ask()
