@@ -1,4 +1,4 @@
-"""One stream through the whole disaggregated HTTP path, against transformers' generate, both bf16 on all cores."""
+"""One stream through the whole disaggregated HTTP path, against transformers' generate in bf16, on all cores."""
 
 import argparse
 import json
@@ -70,17 +70,17 @@ class Transformers:
         return time.perf_counter() - begun_s
 
 
-def bench(pairs: int, seed: int, results: Path | None) -> None:
+def bench(pairs: int, seed: int, dtype: str, results: Path | None) -> None:
     """Print TPOT of headrace over TPOT of transformers."""
     peer = Transformers(bundled_model())
-    with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder), dtype="bf16") as cluster:
+    with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder), dtype=dtype) as cluster:
         http = cluster.http
         headrace_tpot(http, seed - 1)
         peer.tpot(seed - 1)
         ratio = compare(
-            f"time per token, one stream, {PROMPT_TOKENS} in, {NUM_TOKENS} out, bf16",
-            baseline=("transformers generate in process", peer.tpot),
-            candidate=("headrace P+D over HTTP", lambda pair: headrace_tpot(http, pair)),
+            f"time per token, one stream, {PROMPT_TOKENS} in, {NUM_TOKENS} out",
+            baseline=("transformers generate in process, bf16", peer.tpot),
+            candidate=(f"headrace P+D over HTTP, {dtype}", lambda pair: headrace_tpot(http, pair)),
             pairs=pairs,
             seed=seed,
         )
@@ -91,6 +91,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", default="bf16,auto", help="precisions of headrace, one ratio each")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    bench(options.pairs, options.seed, options.results)
+    for each in options.dtype.split(","):
+        bench(options.pairs, options.seed, each, options.results)
