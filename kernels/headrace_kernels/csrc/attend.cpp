@@ -51,7 +51,7 @@ void write_row(const Attend& layer, const Step& step, const Scratch& scratch, in
     }
 }
 
-// out[dim][kKeys] = keys of one head, transposed; entries from `count` on are zero.
+// out[j][i] = in[i][j] of eight vectors.
 void transpose8(const F8 (&in)[8], float* out, int64_t stride) {
     F8 a[8], b[8];
     for (int i = 0; i < 8; i += 2) {
@@ -342,7 +342,8 @@ void attend(const Attend& layer, const Step& step, const Tile& tile, Scratch& sc
     if (is_ordered && layer.window > 0 && first >= begin + layer.window)
         begin += (first - layer.window + 1 - begin) / kKeys * kKeys;
     Keys found[2];  // the next run of keys travels from memory while this one is computed
-    if (begin < end) find_keys(layer, step, tile.sequence, first_head, num_heads, begin, std::min(kKeys, end - begin), found[0]);
+    if (begin < end)
+        find_keys(layer, step, tile.sequence, first_head, num_heads, begin, std::min(kKeys, end - begin), found[0]);
     for (int turn = 0; begin < end; begin += kKeys, turn ^= 1) {
         const int64_t next = begin + kKeys;
         if (next < end)

@@ -39,10 +39,10 @@ private:
 
 // Input rows of a linear layer, ready for the products of its format.
 struct Rows {
-    const float* values;     // [rows, in_size], normalised
-    const int16_t* codes;    // [rows, in_size], round(value / scale)
-    const float* scales;     // [rows, in_size / 32]
-    const float* sums;       // [rows, in_size / 32], scale * sum of codes
+    float* values;   // [rows, in_size], normalised
+    int16_t* codes;  // [rows, in_size], round(value / scale)
+    float* scales;   // [rows, in_size / 32]
+    float* sums;     // [rows, in_size / 32], scale * sum of codes
 };
 
 // Queries of one sequence that are attended together, over a range of its entries.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from headrace.core.request import GenerationRequest, Piece
+from headrace.core.validate import RequestLimits
 from headrace.text.model import TextModel
 
 
@@ -23,6 +24,16 @@ class ServedModel:
     max_context_tokens: int
     fingerprint: str
     text: TextModel
+
+    def limits(self, default_timeout_s: float, max_timeout_s: float) -> RequestLimits:
+        """Return what requests for this model may ask for."""
+        return RequestLimits(
+            model=self.name,
+            max_context_tokens=self.max_context_tokens,
+            vocab_size=self.text.vocab_size,
+            default_timeout_s=default_timeout_s,
+            max_timeout_s=max_timeout_s,
+        )
 
 
 class Frontend(Protocol):

@@ -13,7 +13,7 @@ from headrace.core.wire import piece_to_proto
 from headrace.errors import InvalidRequest
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
-from headrace.router.tokens import off_loop, refuse_long_text
+from headrace.router.tokens import detokenize, off_loop, refuse_long_text
 from headrace.v1 import router_pb2, router_pb2_grpc
 
 
@@ -73,20 +73,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     ) -> router_pb2.DetokenizeResponse:
         """Turn tokens into text."""
         model = self._frontend.model(request.model)
-        # Decoding holds the interpreter lock, so its length is bounded.
-        if len(request.token_ids) > model.max_context_tokens:
-            limit = f"at most {model.max_context_tokens} tokens"
-            raise InvalidRequest(
-                f"token_ids must be {limit}, found {len(request.token_ids)}", field="token_ids", limit=limit
-            )
-        too_large = [token for token in request.token_ids if token >= model.text.vocab_size]
-        if too_large:
-            raise InvalidRequest(
-                f"token_ids has {too_large[0]}; ids are below {model.text.vocab_size}",
-                field="token_ids",
-                limit=str(model.text.vocab_size),
-            )
-        return router_pb2.DetokenizeResponse(text=model.text.decode(list(request.token_ids), skip_special=False))
+        text = detokenize(model, request.token_ids, "token_ids")
+        return router_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(
         self, request: router_pb2.ListModelsRequest, context: "grpc.aio.ServicerContext[object, object]"
@@ -119,13 +107,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             )
 
     def _limits(self, model: ServedModel) -> RequestLimits:
-        return RequestLimits(
-            model=model.name,
-            max_context_tokens=model.max_context_tokens,
-            vocab_size=model.text.vocab_size,
-            default_timeout_s=self._config.default_timeout_s,
-            max_timeout_s=self._config.max_timeout_s,
-        )
+        return model.limits(self._config.default_timeout_s, self._config.max_timeout_s)
 
     def _checked(
         self,

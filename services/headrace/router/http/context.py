@@ -48,10 +48,4 @@ class HttpContext:
 
     def limits(self, model: ServedModel) -> RequestLimits:
         """Return what one request may ask of a model."""
-        return RequestLimits(
-            model=model.name,
-            max_context_tokens=model.max_context_tokens,
-            vocab_size=model.text.vocab_size,
-            default_timeout_s=self.settings.default_timeout_s,
-            max_timeout_s=self.settings.max_timeout_s,
-        )
+        return model.limits(self.settings.default_timeout_s, self.settings.max_timeout_s)

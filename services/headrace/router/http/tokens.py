@@ -10,6 +10,7 @@ from headrace.router.http.context import HttpContext
 from headrace.router.http.logprobs import token_text
 from headrace.router.http.prompts import chat_tokens, text_tokens
 from headrace.router.http.sse import encode_json
+from headrace.router.tokens import detokenize as detokenized
 
 
 async def tokenize(request: Request, context: HttpContext) -> Response:
@@ -44,14 +45,5 @@ async def detokenize(request: Request, context: HttpContext) -> Response:
     """
     body = decode(DetokenizeBody, await read_body(request, context.settings))
     model = context.frontend.model(body.model)
-    # Decoding holds the interpreter lock, so its length is bounded.
-    if len(body.tokens) > model.max_context_tokens:
-        limit = f"at most {model.max_context_tokens} tokens"
-        raise InvalidRequest(f"tokens must be {limit}, found {len(body.tokens)}", field="tokens", limit=limit)
-    wrong = next((index for index in body.tokens if not 0 <= index < model.text.vocab_size), None)
-    if wrong is not None:
-        limit = f"token ids from 0 to {model.text.vocab_size - 1}"
-        raise InvalidRequest(f"tokens must be {limit}, found {wrong}", field="tokens", limit=limit)
-    return Response(
-        encode_json({"prompt": model.text.decode(body.tokens, skip_special=False)}), media_type="application/json"
-    )
+    text = detokenized(model, body.tokens, "tokens")
+    return Response(encode_json({"prompt": text}), media_type="application/json")
