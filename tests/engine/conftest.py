@@ -36,7 +36,19 @@ class Client:
         self.num_opened = 0
         self.answers = []
 
-    def open(self, prompt, *, goal=Goal.ANSWER, begins=True, life_s=1e6, output=(), choice=0, salt=b"", **sampling):
+    def open(  # noqa: PLR0913 what a request may say
+        self,
+        prompt,
+        *,
+        goal=Goal.ANSWER,
+        begins=True,
+        arrives_whole=False,
+        life_s=1e6,
+        output=(),
+        choice=0,
+        salt=b"",
+        **sampling,
+    ):
         sequence_id = SequenceId(f"s{self.num_opened}")
         self.num_opened += 1
         sampling = {"temperature": 0.0, "max_tokens": 8, **sampling}
@@ -57,7 +69,7 @@ class Client:
             if isinstance(event, Admitted) and begins:
                 self.answers.append(Begin(sequence_id=sequence_id, num_present=event.num_cached_tokens))
 
-        self.engine.apply(Open(spec=spec, goal=goal, sink=sink))
+        self.engine.apply(Open(spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole))
         return sequence_id
 
     def begin(self, sequence_id, num_present, first=None):

@@ -82,9 +82,9 @@ def test_growing_within_the_last_block_takes_nothing(cache):
 def test_an_admission_costs_new_blocks_and_those_it_revives(cache):
     first = admit(cache, "a", range(10))
     later = sequence_of("b", range(12))
-    assert cache.admission_cost(later) == 1
+    assert cache.admission_cost(later, cache.match(later)) == 1
     cache.release(first)
-    assert cache.admission_cost(later) == 3
+    assert cache.admission_cost(later, cache.match(later)) == 3
     before = cache.ledger.num_available
     admit(cache, "b", range(12))
     assert before - cache.ledger.num_available == 3

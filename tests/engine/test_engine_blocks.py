@@ -1,5 +1,7 @@
 """What the engine does with blocks: reuse, pins, writers, preemption."""
 
+import pytest
+
 from headrace.core.block import BlockId
 from headrace.core.request import SequenceId
 from headrace.engine.messages import Admitted, Begin, Close, Goal, HoldWriter, ReleaseWriter, Unpin
@@ -212,17 +214,69 @@ def test_no_more_is_preempted_than_is_needed(make_client, prompt_of):
 
 def test_a_growing_sequence_does_not_take_a_prefix_that_an_admission_counts_on(make_client, reference, prompt_of):
     client = make_client(num_blocks=7)
-    prompt = prompt_of(1, 9)
-    # Both compute the first block; the short one names it and leaves it cached, oldest of all, while the
-    # second block of the prompt is in use: without the first nobody can find it.
-    client.open(prompt[:5], max_tokens=1, ignore_eos=True)
-    growing = client.open(prompt, max_tokens=12, ignore_eos=True)
-    client.open(prompt_of(2, 8), max_tokens=1, ignore_eos=True)
-    client.steps(9)
+    prompt = prompt_of(1, 13)
+    # The first block is there twice: the short one did not wait for what a peer was to send. Its own has the name
+    # and stays cached, oldest of all, while the next ones are in use: without the first nobody can find them.
+    growing = client.open(prompt, max_tokens=12, ignore_eos=True, arrives_whole=True, begins=False)
+    client.run(prompt[:5], max_tokens=1, ignore_eos=True)
+    client.run(prompt_of(2, 8), max_tokens=1, ignore_eos=True)
+    client.begin(growing, 0)
+    client.steps(4)
     stats = client.stats()
     assert (stats.free_blocks, stats.cached_blocks, client.engine._sequences[growing].kv_length) == (0, 3, 16)
     joining = client.open(prompt, max_tokens=2, ignore_eos=True)
     client.steps(1)
-    assert client.admitted(joining).num_cached_tokens == 8
+    assert client.admitted(joining).num_cached_tokens == 12
     client.steps()
     assert client.tokens(joining) == client.tokens(growing)[:2] == reference(prompt, max_tokens=2, ignore_eos=True)
+
+
+@pytest.mark.parametrize("budget", [3, 16, 512])
+def test_a_prefix_that_is_being_computed_is_shared_with_who_arrives_meanwhile(
+    make_client, prompt_of, reference, budget
+):
+    client = make_client(num_blocks=256, budget=budget, max_running=32)
+    prefix = prompt_of(1, 32)
+    prompts = [[*prefix, *prompt_of(seed, 5)] for seed in range(2, 10)]
+    opened = [client.open(prompts[0], max_tokens=3, ignore_eos=True)]
+    client.steps(3)
+    opened += [client.open(prompt, max_tokens=3, ignore_eos=True) for prompt in prompts[1:]]
+    client.steps()
+    for prompt, sequence in zip(prompts, opened, strict=True):
+        assert client.tokens(sequence) == reference(prompt, max_tokens=3, ignore_eos=True)
+    assert client.stats().computed_tokens == len(prefix) + len(prompts) * (5 + 2)
+    client.end()
+
+
+def test_who_waits_for_a_prefix_goes_on_when_it_is_not_computed_after_all(make_client, prompt_of, reference):
+    client = make_client(num_blocks=64, budget=4)
+    prompt = prompt_of(1, 32)
+    leader = client.open([*prompt, 3, 5], max_tokens=3)
+    client.steps(4)
+    follower = client.open([*prompt, 7], max_tokens=3, ignore_eos=True)
+    client.steps(2)
+    assert not client.events[follower]
+    client.close(leader)
+    client.steps()
+    assert client.tokens(follower) == reference([*prompt, 7], max_tokens=3, ignore_eos=True)
+    client.end()
+
+
+@pytest.mark.parametrize(("num_shared", "waits"), [(16, True), (12, False)])
+def test_what_a_peer_sends_is_waited_for_if_half_of_it_is_shared(make_client, prompt_of, num_shared, waits):
+    client = make_client(num_blocks=64)
+    prompt = prompt_of(1, 33)
+    client.open(prompt, arrives_whole=True, begins=False)
+    follower = client.open([*prompt[:num_shared], *prompt_of(2, 9)], arrives_whole=True, begins=False)
+    client.steps()
+    assert (not client.events[follower]) == waits
+
+
+def test_n_answers_to_a_prompt_compute_it_once(make_client, prompt_of):
+    client = make_client(num_blocks=64)
+    prompt = prompt_of(1, 33)
+    for choice in range(4):
+        client.open(prompt, choice=choice, temperature=1.0, seed=7, max_tokens=2, ignore_eos=True)
+    client.steps()
+    assert client.stats().computed_tokens == 32 + 4 * 2
+    client.end()

@@ -72,6 +72,23 @@ def test_held_sequences_compute_nothing():
     assert plan(held).items == ()
 
 
+HASHES = [bytes([index]) for index in range(4)]
+
+
+def test_who_can_share_blocks_on_their_way_waits_for_them_and_holds_back_nobody():
+    leader = running(0, 20, 4, block_hashes=HASHES, num_present_blocks=1)
+    follower = waiting(1, 17, block_hashes=[*HASHES[:2], b"x", b"y"], num_present_blocks=1)
+    assert plan(leader, follower, waiting(2, 4)).admit == ("s2",)
+    ahead = dataclasses.replace(follower, num_present_blocks=2)
+    assert plan(leader, ahead, waiting(2, 4)).admit == ("s1", "s2")
+
+
+def test_of_two_that_begin_alike_the_better_ranked_is_admitted():
+    alike = {"block_hashes": HASHES, "num_present_blocks": 0}
+    assert plan(waiting(0, 17, **alike), waiting(1, 17, **alike)).admit == ("s0",)
+    assert plan(waiting(0, 17, **alike), waiting(1, 17, **alike), order=LastComeFirstServed()).admit == ("s1",)
+
+
 def test_growth_comes_before_admissions():
     grows = running(0, num_tokens=13, num_computed=12, num_blocks=3)
     assert plan(grows, waiting(1, 8), available=2).admit == ()

@@ -1,8 +1,10 @@
 """What an engine step does, as a value."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from headrace.core.block import BlockHash
 from headrace.core.request import SequenceId
 
 
@@ -90,6 +92,9 @@ class SequenceView:
         is_decoding: Whether it has generated here.
         is_running: Whether it takes part in steps; the others wait for blocks.
         can_evict: Whether it may be preempted (a sequence whose KV is being pushed may not).
+        block_hashes: Names of its full blocks that others may share, in order; not to be changed.
+        num_present_blocks: Leading ones of them whose KV can be shared now.
+        arrives_whole: Whether the rest comes from a peer, all at once, and is not computed here.
         deadline_s: Deadline on the engine's clock.
     """
 
@@ -104,6 +109,9 @@ class SequenceView:
     is_held: bool = False
     is_decoding: bool = False
     can_evict: bool = True
+    block_hashes: Sequence[BlockHash] = ()
+    num_present_blocks: int = 0
+    arrives_whole: bool = False
     deadline_s: float = float("inf")
 
     @property

@@ -63,7 +63,7 @@ class DecodeJob:
 
     async def run_remote(self) -> AsyncGenerator[Granted | Tokens, None]:
         """Reserve blocks, wait for a prefill worker to fill them, then generate."""
-        async with self._parts.engine.open(self._spec, Goal.ANSWER) as sequence:
+        async with self._parts.engine.open(self._spec, Goal.ANSWER, arrives_whole=True) as sequence:
             local = sequence.admitted.num_cached_tokens
             with self._reservation(sequence) as reservation:
                 yield Granted(reservation=reservation, cached_tokens=local)

@@ -26,15 +26,17 @@ class BlockCache:
         """Return the state of the pool."""
         return self.ledger.counts()
 
+    def usable_hashes(self, sequence: Sequence) -> list[BlockHash]:
+        """Return the names of the full blocks before the last known token."""
+        self._hash_full_blocks(sequence)
+        return sequence.hashes[: (len(sequence.tokens) - 1) // self.block_tokens]
+
     def match(self, sequence: Sequence) -> tuple[BlockId, ...]:
         """Return the blocks of the longest reusable prefix of a sequence's known tokens."""
-        self._hash_full_blocks(sequence)
-        usable = (len(sequence.tokens) - 1) // self.block_tokens
-        return self.ledger.match(sequence.hashes[:usable])
+        return self.ledger.match(self.usable_hashes(sequence))
 
-    def admission_cost(self, sequence: Sequence) -> int:
+    def admission_cost(self, sequence: Sequence, matched: tuple[BlockId, ...]) -> int:
         """Return how many available blocks an admission takes: new ones, and cached ones that it revives."""
-        matched = self.match(sequence)
         revived = sum(self.ledger.is_cached(block) for block in matched)
         return blocks_for(len(sequence.tokens), self.block_tokens) - len(matched) + revived
 

@@ -182,6 +182,7 @@ class Engine:
             arrival=next(self._arrivals),
             deadline_s=self._clock.now() + (spec.deadline_unix_ms - self._clock.unix_ms()) / 1000,
             root=root_hash(self._config.fingerprint, spec.cache_salt),
+            arrives_whole=command.arrives_whole,
             tokens=list(spec.tokens),
         )
         refusal = self._refusal(sequence)
@@ -277,21 +278,39 @@ class Engine:
         num_places = self._config.max_running - self._num_done() - sum(bool(sequence.blocks) for sequence in live)
         views: list[SequenceView] = []
         for sequence in live:
-            is_waiting = sequence.state is State.WAITING
-            cost = self._admission_cost(sequence, is_exact=num_places > 0) if is_waiting else 0
-            num_places -= is_waiting
-            views.append(self._view(sequence, cost, is_tight=is_tight))
+            if sequence.state is State.WAITING:
+                views.append(self._waiting_view(sequence, is_exact=num_places > 0))
+                num_places -= 1
+            else:
+                views.append(self._placed_view(sequence, is_tight=is_tight))
         return tuple(views)
 
     def _num_done(self) -> int:
         return sum(sequence.state is State.DONE for sequence in self._sequences.values())
 
-    def _admission_cost(self, sequence: Sequence, *, is_exact: bool) -> int:
-        if is_exact:
-            return self._cache.admission_cost(sequence)
-        return blocks_for(len(sequence.tokens), self._runner.layout.block_tokens)
+    def _waiting_view(self, sequence: Sequence, *, is_exact: bool) -> SequenceView:
+        view = SequenceView(
+            sequence_id=sequence.spec.sequence_id,
+            arrival=sequence.arrival,
+            num_tokens=len(sequence.tokens),
+            num_computed=0,
+            num_blocks=0,
+            num_blocks_to_admit=blocks_for(len(sequence.tokens), self._runner.layout.block_tokens),
+            is_running=False,
+            arrives_whole=sequence.arrives_whole,
+            deadline_s=sequence.deadline_s,
+        )
+        if not is_exact:
+            return view
+        matched = self._cache.match(sequence)
+        return dataclasses.replace(
+            view,
+            num_blocks_to_admit=self._cache.admission_cost(sequence, matched),
+            block_hashes=self._cache.usable_hashes(sequence),
+            num_present_blocks=len(matched),
+        )
 
-    def _view(self, sequence: Sequence, admission_cost: int, *, is_tight: bool) -> SequenceView:
+    def _placed_view(self, sequence: Sequence, *, is_tight: bool) -> SequenceView:
         is_running = sequence.state is State.RUNNING
         can_evict = is_running and sequence.goal is Goal.ANSWER
         return SequenceView(
@@ -300,12 +319,14 @@ class Engine:
             num_tokens=len(sequence.tokens),
             num_computed=sequence.kv_length,
             num_blocks=len(sequence.blocks),
-            num_blocks_to_admit=admission_cost,
             num_exclusive_blocks=self._cache.num_exclusive(sequence) if can_evict and is_tight else 0,
             is_running=is_running,
             is_held=sequence.state is State.HELD,
             is_decoding=sequence.is_decoding,
             can_evict=can_evict,
+            block_hashes=sequence.hashes,
+            num_present_blocks=sequence.num_named,
+            arrives_whole=sequence.arrives_whole and not is_running,
             deadline_s=sequence.deadline_s,
         )
 

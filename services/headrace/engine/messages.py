@@ -74,11 +74,16 @@ EventSink: TypeAlias = Callable[[EngineEvent], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open:
-    """Ask for blocks for all known tokens of a sequence; answered by Admitted or Failed."""
+    """Ask for blocks for all known tokens of a sequence; answered by Admitted or Failed.
+
+    Attributes:
+        arrives_whole: Whether a peer computes the KV and sends it before Begin.
+    """
 
     spec: SequenceSpec
     goal: Goal
     sink: EventSink
+    arrives_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

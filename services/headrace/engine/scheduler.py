@@ -81,18 +81,42 @@ def _leave_out(
 
 
 def _admit(ranked: list[SequenceView], num_placed: int, available: int, max_running: int) -> tuple[SequenceId, ...]:
-    """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves."""
+    """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves.
+
+    Whoever can share blocks that are on their way waits for them, and holds back nobody.
+    """
     admitted: list[SequenceId] = []
     num_holding = num_placed + sum(sequence.is_held for sequence in ranked)
+    coming = [sequence for sequence in ranked if sequence.is_running or sequence.is_held]
     for sequence in ranked:
         if sequence.is_running or sequence.is_held:
             continue
-        if num_holding >= max_running or sequence.num_blocks_to_admit > available:
+        if num_holding >= max_running:
+            break
+        if any(_will_share(sequence, other) for other in coming):
+            continue
+        if sequence.num_blocks_to_admit > available:
             break
         available -= sequence.num_blocks_to_admit
         num_holding += 1
+        coming.append(sequence)
         admitted.append(sequence.sequence_id)
     return tuple(admitted)
+
+
+def _will_share(sequence: SequenceView, other: SequenceView) -> bool:
+    """Return whether the next block that a sequence lacks is one that another one is about to have.
+
+    Blocks that are computed can be shared one by one. Those that a peer sends come when all are there: they are
+    worth waiting for if at least half of them can be shared.
+    """
+    index = sequence.num_present_blocks
+    if other.arrives_whole:
+        index = max(index, (other.num_present_blocks + len(other.block_hashes) - 1) // 2)
+    if not other.num_present_blocks <= index < min(len(sequence.block_hashes), len(other.block_hashes)):
+        return False
+    # The hash of a block stands for all before it.
+    return sequence.block_hashes[index] == other.block_hashes[index]
 
 
 def _growth(sequence: SequenceView, size: int, block_tokens: int) -> int:

@@ -27,6 +27,7 @@ class Sequence:
 
     Attributes:
         arrival: Order of arrival; kept over preemption.
+        arrives_whole: Whether a peer sends its first KV.
         tokens: Prompt and output.
         kv_length: Leading tokens whose KV is in the blocks.
         next_position: Position of the next token computed; apart from `kv_length`, which pruning may shrink.
@@ -43,6 +44,7 @@ class Sequence:
     arrival: int
     deadline_s: float
     root: BlockHash
+    arrives_whole: bool = False
     state: State = State.WAITING
     tokens: list[int] = field(default_factory=list)
     kv_length: int = 0
@@ -78,6 +80,7 @@ class Sequence:
         self.blocks.clear()
         self.place(0)
         self.num_named = 0
+        self.arrives_whole = False
         self.state = State.WAITING
 
     def finish_reason(self, token: int, eos: frozenset[int], max_known: int) -> FinishReason | None:

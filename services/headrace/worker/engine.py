@@ -145,8 +145,13 @@ class AsyncEngine:
         """Queue a command; raises Saturated when the mailbox is full."""
         self._port.send(command)
 
-    def open(self, spec: SequenceSpec, goal: Goal) -> OpenSequence:
+    def open(self, spec: SequenceSpec, goal: Goal, *, arrives_whole: bool = False) -> OpenSequence:
         """Ask for blocks; entering the returned context waits until they are there.
+
+        Args:
+            spec: The sequence.
+            goal: How far the engine takes it.
+            arrives_whole: Whether a peer computes its KV and sends it before `begin`.
 
         Raises:
             InvalidRequest: a sequence of that name is open. The engine knows sequences by name: the close of a
@@ -161,7 +166,7 @@ class AsyncEngine:
         def sink(event: EngineEvent) -> None:
             self._deliver(events, event)
 
-        self.send(Open(spec=spec, goal=goal, sink=sink))
+        self.send(Open(spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole))
         self._open.add(spec.sequence_id)
         return sequence
 
