@@ -1,0 +1,225 @@
+"""What a step costs: one formula over what is in it, fitted on measured steps."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.errors import InvalidRequest
+
+SOUND_R2 = 0.9
+"""Below it a fit explains its samples badly: it is shown with a warning, and refuses nobody."""
+
+CERTAIN_SHARE = 0.5
+"""Share of an estimate that a machine certainly needs: half leaves room for a fit on one that was busy."""
+
+_NUM_COEFFICIENTS = 6
+
+_Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What the time of a step depends on; adds up over the parts of a step.
+
+    Attributes:
+        prompt_tokens: Prompt tokens computed.
+        prompt_pairs: Pairs of such a token and a token that it attends to, itself included.
+        num_decodes: Sequences that compute one token after their prompt.
+        context_tokens: Tokens that those attend to, in all.
+    """
+
+    prompt_tokens: int = 0
+    prompt_pairs: int = 0
+    num_decodes: int = 0
+    context_tokens: int = 0
+
+    def __add__(self, other: "StepWork") -> "StepWork":
+        """Return the work of both in one step."""
+        return StepWork(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            prompt_pairs=self.prompt_pairs + other.prompt_pairs,
+            num_decodes=self.num_decodes + other.num_decodes,
+            context_tokens=self.context_tokens + other.context_tokens,
+        )
+
+
+NOTHING = StepWork()
+
+
+def chunk_work(num_tokens: int, num_done: int) -> StepWork:
+    """Return the work of `num_tokens` of a prompt of which `num_done` are computed."""
+    # ((d + k)^2 - d^2) / 2, with the diagonal: token i of the chunk attends to d + i + 1 tokens.
+    pairs = num_tokens * num_done + num_tokens * (num_tokens + 1) // 2
+    return StepWork(prompt_tokens=num_tokens, prompt_pairs=pairs)
+
+
+def decode_work(contexts: Iterable[int]) -> StepWork:
+    """Return the work of one token for each sequence.
+
+    Args:
+        contexts: Tokens that each of them attends to.
+    """
+    sizes = tuple(contexts)
+    return StepWork(num_decodes=len(sizes), context_tokens=sum(sizes))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A measured step.
+
+    Attributes:
+        work: What was in it.
+        seconds: How long it took, above 0.
+    """
+
+    work: StepWork
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Seconds of a step of one instance, linear in what is in it; no coefficient is negative.
+
+    Chunks and decodes add up in one step, so one formula answers for steps of either kind and for mixed ones:
+    what a decode gains by riding along is the `step_s` that it does not pay again.
+
+    Attributes:
+        step_s: Seconds of any step: reading the weights once, launching every operation.
+        prompt_s: Seconds more of a step that has prompt tokens: kernels for many rows.
+        token_s: Seconds per prompt token.
+        pair_s: Seconds per pair of a prompt token and a token that it attends to.
+        decode_s: Seconds per decoding sequence.
+        context_s: Seconds per token that a decode attends to.
+        r2: Share of the samples' variance that the fit explains; at most 1.
+    """
+
+    step_s: float
+    prompt_s: float
+    token_s: float
+    pair_s: float
+    decode_s: float
+    context_s: float
+    r2: float = 1.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the fit explains its samples well enough to refuse work by."""
+        return self.r2 >= SOUND_R2
+
+    def seconds(self, work: StepWork) -> float:
+        """Return the seconds of one step; a step of nothing takes none."""
+        if work == NOTHING:
+            return 0.0
+        return (
+            self.step_s
+            + (self.prompt_s if work.prompt_tokens else 0.0)
+            + self.token_s * work.prompt_tokens
+            + self.pair_s * work.prompt_pairs
+            + self.decode_s * work.num_decodes
+            + self.context_s * work.context_tokens
+        )
+
+    def step(self, chunks: Iterable[tuple[int, int]] = (), contexts: Iterable[int] = ()) -> float:
+        """Return the seconds of a step of chunks, decodes or both.
+
+        Args:
+            chunks: Pairs (prompt tokens, tokens of the same prompt computed before).
+            contexts: Tokens that each decode attends to.
+        """
+        return self.seconds(sum((chunk_work(*chunk) for chunk in chunks), decode_work(contexts)))
+
+    def prefill(self, num_tokens: int, num_done: int = 0, *, chunk_tokens: int | None = None) -> float:
+        """Return the seconds of a whole prompt, alone.
+
+        Args:
+            num_tokens: Tokens to compute.
+            num_done: Tokens of the prompt whose KV is present.
+            chunk_tokens: Most tokens of a step; None computes all in one, which is fastest.
+        """
+        if num_tokens <= 0:
+            return 0.0
+        # The pairs of consecutive chunks add up to those of one, so only what each step costs anew differs.
+        num_more = math.ceil(num_tokens / chunk_tokens) - 1 if chunk_tokens else 0
+        return self.seconds(chunk_work(num_tokens, num_done)) + num_more * (self.step_s + self.prompt_s)
+
+    def least_prefill_s(self, num_tokens: int, num_done: int = 0) -> float:
+        """Return seconds that the rest of a prompt takes for certain, even alone and first; a bound to refuse by."""
+        return CERTAIN_SHARE * self.prefill(num_tokens, num_done)
+
+    def decode(self, num_sequences: int, context_tokens: int) -> float:
+        """Return the seconds of one token for each of `num_sequences`, which attend to `context_tokens` in all."""
+        return self.seconds(StepWork(num_decodes=num_sequences, context_tokens=context_tokens))
+
+    def largest_chunk(self, target_s: float, aboard: StepWork, num_done: int, most: int) -> int:
+        """Return the most tokens that a prompt may add to a step so that it still ends in time; at least 1.
+
+        Args:
+            target_s: When the step is to end, in seconds from its start.
+            aboard: What the step has already.
+            num_done: Tokens of the prompt computed before.
+            most: Largest answer.
+        """
+        sizes = range(1, most + 1)
+        return max(1, bisect_right(sizes, target_s, key=lambda size: self.seconds(aboard + chunk_work(size, num_done))))
+
+
+def fit(samples: Sequence[Sample]) -> CostModel:
+    """Return the model of least squared relative error, without negative coefficients.
+
+    Relative, because a step of one decode is to be right by a millisecond and one of a long chunk by many.
+
+    Raises:
+        InvalidRequest: there is no sample, or one took no time.
+    """
+    if not samples or min(sample.seconds for sample in samples) <= 0:
+        raise InvalidRequest(f"a fit needs steps that took time; found {len(samples)} samples", field="samples")
+    rows = np.array([_row(sample.work) for sample in samples], dtype=np.float64)
+    seconds = np.array([sample.seconds for sample in samples], dtype=np.float64)
+    found = _non_negative(rows / seconds[:, None])
+    spread = float(((seconds - seconds.mean()) ** 2).sum())
+    error = float(((seconds - rows @ found) ** 2).sum())
+    step_s, prompt_s, token_s, pair_s, decode_s, context_s = (float(value) for value in found)
+    return CostModel(
+        step_s=step_s,
+        prompt_s=prompt_s,
+        token_s=token_s,
+        pair_s=pair_s,
+        decode_s=decode_s,
+        context_s=context_s,
+        r2=1.0 - error / spread if spread > 0 else 0.0,
+    )
+
+
+def _row(work: StepWork) -> tuple[float, ...]:
+    return (
+        1.0,
+        float(work.prompt_tokens > 0),
+        work.prompt_tokens,
+        work.prompt_pairs,
+        work.num_decodes,
+        work.context_tokens,
+    )
+
+
+def _non_negative(rows: _Vector) -> _Vector:
+    """Return the non-negative x of least |rows x - 1|.
+
+    The optimum solves the plain problem on the coefficients that are above 0 in it, and with so few of them every
+    set can be tried.
+    """
+    scale = np.maximum(np.abs(rows).max(axis=0), np.finfo(np.float64).tiny)
+    best, least = np.zeros(_NUM_COEFFICIENTS), math.inf
+    for size in range(1, _NUM_COEFFICIENTS + 1):
+        for chosen in map(list, combinations(range(_NUM_COEFFICIENTS), size)):
+            scaled = rows[:, chosen] / scale[chosen]
+            found = np.linalg.lstsq(scaled, np.ones(len(rows)), rcond=None)[0]
+            error = float(((scaled @ found - 1.0) ** 2).sum())
+            if found.min() >= 0 and error < least:
+                best, least = np.zeros(_NUM_COEFFICIENTS), error
+                best[chosen] = found / scale[chosen]
+    return best
