@@ -9,7 +9,9 @@ from headrace.engine.batch import Batch, batch_item
 from headrace.engine.models.decoder import build_decoder
 from headrace.engine.models.loader import Model
 from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec, RopeSpec, architecture
+from headrace.engine.packing import PaddedRows
 from headrace.engine.runner import ModelRunner
+from headrace.techniques.prepacking.bins import FirstFitDecreasing
 from headrace.testing.runner import FakeRunner
 
 NUM_BLOCKS = 24
@@ -29,7 +31,7 @@ class RandomWeights:
         return 1.0 + 0.1 * values if "norm" in name else values
 
 
-def model_runner():
+def model_runner(pack=None):
     layers = (LayerSpec(rope=RopeSpec(theta=10_000.0)),) * 2
     spec = ModelSpec(
         architecture=architecture("llama"),
@@ -49,14 +51,25 @@ def model_runner():
     device = torch.device("cpu")
     decoder = build_decoder(spec, RandomWeights(), dtype=torch.float32, device=device)
     model = Model(spec=spec, decoder=decoder, files=(), dtype=torch.float32, device=device)
-    return ModelRunner(model, KvArena(model.kv_layout(16), NUM_BLOCKS, device))
+    return ModelRunner(model, KvArena(model.kv_layout(16), NUM_BLOCKS, device, num_pad_blocks=1), pack=pack)
+
+
+def padding_runner():
+    return model_runner(PaddedRows(tile_tokens=16))
+
+
+def packing_runner():
+    return model_runner(FirstFitDecreasing(tile_tokens=16))
 
 
 def fake_runner():
     return FakeRunner(NUM_BLOCKS, block_tokens=16, vocab_size=VOCAB, max_context_tokens=256)
 
 
-@pytest.fixture(params=[fake_runner, model_runner], ids=["fake", "model"])
+RUNNERS = {"fake": fake_runner, "model": model_runner, "pad": padding_runner, "bins": packing_runner}
+
+
+@pytest.fixture(params=RUNNERS.values(), ids=RUNNERS)
 def runner(request):
     return request.param()
 

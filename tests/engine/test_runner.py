@@ -9,6 +9,7 @@ from headrace.engine.batch import Batch, BatchItem, batch_item
 from headrace.engine.models.decoder import build_decoder
 from headrace.engine.models.loader import Model
 from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec, RopeSpec, architecture
+from headrace.engine.packing import PaddedRows
 from headrace.engine.runner import ModelRunner
 
 CPU = torch.device("cpu")
@@ -162,6 +163,23 @@ def test_an_arena_of_another_layout_is_refused(runner):
     layout = KvLayout(num_layers=3, block_tokens=4, num_kv_heads=2, head_dim=8, dtype=runner.layout.dtype)
     with pytest.raises(ValueError, match="the arena holds"):
         ModelRunner(runner._model, KvArena(layout, 4, CPU))
+
+
+def test_pads_need_blocks_of_their_own(runner):
+    with pytest.raises(ValueError, match="blocks for their pads"):
+        ModelRunner(runner._model, KvArena(runner.layout, 4, CPU), pack=PaddedRows())
+
+
+def test_an_item_may_not_name_the_blocks_of_pads(runner):
+    padding = ModelRunner(runner._model, KvArena(runner.layout, 4, CPU, num_pad_blocks=2), pack=PaddedRows())
+    with pytest.raises(ValueError, match=r"block ids must be in \[0, 4\)"):
+        padding.run(Batch(items=(batch_item([1], 0, [4], sample=True),)))
+
+
+def test_blocks_of_pads_lie_behind_those_that_transports_know(runner):
+    arena = KvArena(runner.layout, 4, CPU, num_pad_blocks=2)
+    assert (arena.num_blocks, arena.pad_blocks) == (4, (4, 5))
+    assert (len(arena.data), len(arena.slot_positions)) == (6, 6)
 
 
 def test_blocks_lie_one_after_the_other_from_a_page_on():

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import assert_never
 
 import torch
 
 from headrace import catalog
 from headrace.clock import WallClock
+from headrace.core.block import blocks_for
 from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
@@ -26,6 +28,7 @@ from headrace.engine.cores import Cores
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.messages import CacheChange
 from headrace.engine.models.loader import Model, load_model
+from headrace.engine.packing import PAD_TOKENS, PaddedRows
 from headrace.engine.runner import ModelRunner
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.engine.thread import EngineThread
@@ -37,6 +40,7 @@ from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.lifecycle import Lifecycle, run_service
 from headrace.runtime.logs import setup_logs
 from headrace.runtime.server import GrpcServer
+from headrace.seams.pack import PackPolicy
 from headrace.seams.shape import ShapePolicy
 from headrace.settings import ServeArgs
 from headrace.transfer.arena import Arena
@@ -44,7 +48,7 @@ from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
-from headrace.worker.config import Dtype, WorkerConfig
+from headrace.worker.config import Dtype, Pack, WorkerConfig
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.lifetimes import Lifetimes
@@ -103,9 +107,11 @@ def build_machine(config: WorkerConfig) -> Machine:
             f"kv_memory_bytes of {config.kv_memory_bytes} holds no block of {layout.block_bytes} bytes",
             field="kv_memory_bytes",
         )
-    arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device)
+    pack = make_pack(config.pack)
+    num_pad_blocks = 0 if pack is None else blocks_for(PAD_TOKENS, config.block_tokens)
+    arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device, num_pad_blocks=num_pad_blocks)
     fingerprint = model.fingerprint(layout)
-    runner = ModelRunner(model, arena, cores.share)
+    runner = ModelRunner(model, arena, cores.share, pack)
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint)
 
 
@@ -298,3 +304,18 @@ def make_shape(name: str) -> ShapePolicy:
     if technique.shape is None:
         raise ConfigError(f"technique {name} does not shape steps", field="shape")
     return technique.shape()
+
+
+def make_pack(pack: Pack) -> PackPolicy | None:
+    """Return a pack policy; None for one token axis without pads."""
+    match pack:
+        case Pack.VARLEN:
+            return None
+        case Pack.PAD:
+            return PaddedRows()
+        case Pack.BINS:
+            make = catalog.load("prepacking").pack
+            assert make is not None
+            return make()
+        case _:
+            assert_never(pack)

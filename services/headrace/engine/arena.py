@@ -4,22 +4,23 @@ import mmap
 
 import torch
 
-from headrace.core.block import KvLayout
+from headrace.core.block import BlockId, KvLayout
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class KvArena:
-    """Owns `[num_blocks, layers, 2, block_tokens, kv_heads, head_dim]`, block after block.
+    """Owns `[blocks, layers, 2, block_tokens, kv_heads, head_dim]`, block after block.
 
     Attributes:
         layout: Form of a block.
-        num_blocks: Blocks in the arena.
+        num_blocks: Blocks that sequences and transports may use.
+        pad_blocks: Blocks behind them, for the runner's pads alone.
         data: The tensor; its memory starts on a page and holds zeros at first.
-        slot_positions: `[num_blocks, block_tokens]`, int32, RoPE position of each slot that this process wrote.
+        slot_positions: `[blocks, block_tokens]`, int32, RoPE position of each slot that this process wrote.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device, *, num_pad_blocks: int = 0) -> None:
         """Allocate.
 
         Raises:
@@ -29,12 +30,14 @@ class KvArena:
             raise ValueError(f"wanted blocks > 0 of {sorted(_DTYPES)}; found {num_blocks} of {layout.dtype}")
         self.layout = layout
         self.num_blocks = num_blocks
-        size_bytes = num_blocks * layout.block_bytes
+        total = num_blocks + num_pad_blocks
+        self.pad_blocks = tuple(BlockId(block) for block in range(num_blocks, total))
+        size_bytes = total * layout.block_bytes
         memory = torch.zeros(size_bytes + mmap.PAGESIZE, dtype=torch.uint8, device=device)
         start = -memory.data_ptr() % mmap.PAGESIZE
-        shape = (num_blocks, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
+        shape = (total, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim)
         self.data = memory[start : start + size_bytes].view(_DTYPES[layout.dtype]).view(shape)
-        self.slot_positions = torch.zeros((num_blocks, layout.block_tokens), dtype=torch.int32, device=device)
+        self.slot_positions = torch.zeros((total, layout.block_tokens), dtype=torch.int32, device=device)
 
     @property
     def base_address(self) -> int:

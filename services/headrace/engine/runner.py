@@ -10,31 +10,43 @@ from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, BatchItem
 from headrace.engine.models.decoder import StepInputs
 from headrace.engine.models.loader import Model
+from headrace.engine.packing import lay_out
+from headrace.seams.pack import PackPolicy
 from headrace_kernels.attend import AttendPlan
 from headrace_kernels.write_kv import WritePlan, write_positions
 
 
 class ModelRunner:
-    """Runs a model over an arena; items of a batch are packed without padding.
+    """Runs a model over an arena; the items of a batch lie on one token axis, or in rows if a policy packs them.
 
     Not safe for several threads: a step writes the arena.
     """
 
-    def __init__(self, model: Model, arena: KvArena, threads: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        arena: KvArena,
+        threads: Callable[[], int] | None = None,
+        pack: PackPolicy | None = None,
+    ) -> None:
         """Bind a model to its memory.
 
         Args:
             model: Weights and the computation over them.
             arena: Blocks of KV; written.
             threads: Asked in front of every layer how many threads to use; None leaves it to torch.
+            pack: Lays prompt chunks out in rows of equal length; None computes no token that nobody asked for.
 
         Raises:
-            ValueError: The arena has another layout than the model's KV.
+            ValueError: The arena has another layout than the model's KV, or no blocks for the pads of `pack`.
         """
         if arena.layout != model.kv_layout(arena.layout.block_tokens):
             raise ValueError(f"the arena holds {arena.layout}, the model writes {model.kv_layout()}")
+        if pack is not None and not arena.pad_blocks:
+            raise ValueError("rows of equal length need an arena with blocks for their pads; it has none")
         self._model = model
         self._arena = arena
+        self._pack = pack
         self._threads = threads
 
     @property
@@ -69,7 +81,14 @@ class ModelRunner:
             return torch.empty((0, self.vocab_size), device=self._model.device)
         for item in batch.items:
             self._check(item)
-        return self._model.decoder(self._inputs(batch.items), self._arena.data, self._threads)
+        return self._model.decoder(self._laid_out(batch.items), self._arena.data, self._threads)
+
+    def _laid_out(self, items: tuple[BatchItem, ...]) -> StepInputs:
+        if self._pack is None:
+            return self._inputs(items)
+        pad_table = self._arena.pad_blocks
+        layout = lay_out(items, self._pack, pad_table, len(pad_table) * self.layout.block_tokens)
+        return self._inputs(layout.items, layout.places)
 
     def _check(self, item: BatchItem) -> None:
         count, needed = len(item.token_ids), blocks_for(item.kv_length, self.layout.block_tokens)
@@ -82,7 +101,8 @@ class ModelRunner:
         if min(item.block_table[:needed]) < 0 or max(item.block_table[:needed]) >= self._arena.num_blocks:
             raise ValueError(f"block ids must be in [0, {self._arena.num_blocks})")
 
-    def _inputs(self, items: tuple[BatchItem, ...]) -> StepInputs:
+    def _inputs(self, items: tuple[BatchItem, ...], places: Iterable[int] | None = None) -> StepInputs:
+        """Return tensors of items as they lie; logits are wanted in the order of `places`, or of the items."""
         counts = [len(item.token_ids) for item in items]
         ends = list(accumulate(counts))
         entries = self._long(chain.from_iterable(range(item.kv_start, item.kv_length) for item in items))
@@ -105,7 +125,9 @@ class ModelRunner:
                 kv_lengths=self._long(item.kv_length for item in items),
                 slot_positions=None if is_ordered else self._arena.slot_positions,
             ),
-            sample_rows=self._long(end - 1 for end, item in zip(ends, items, strict=True) if item.sample),
+            sample_rows=self._long(
+                ends[place] - 1 for place in (range(len(items)) if places is None else places) if items[place].sample
+            ),
         )
 
     def _tables(self, items: tuple[BatchItem, ...]) -> torch.Tensor:

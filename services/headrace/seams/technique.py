@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from headrace.seams.pack import PackPolicy
 from headrace.seams.shape import ShapePolicy
 
 
@@ -18,6 +19,7 @@ class Technique:
         is_lossless: Whether its tokens equal the baseline's; a lossy one states its bound in its README.
         measured: Ratio to the baseline with the machine and the date, or what keeps it from being measured.
         shape: Makes the shape policy, if the technique fills that seam.
+        pack: Likewise the pack policy.
     """
 
     name: str
@@ -27,8 +29,10 @@ class Technique:
     is_lossless: bool
     measured: str
     shape: Callable[[], ShapePolicy] | None = None
+    pack: Callable[[], PackPolicy] | None = None
 
     @property
     def seams(self) -> tuple[str, ...]:
         """Names of the seams it fills."""
-        return ("shape",) if self.shape is not None else ()
+        factories = {"shape": self.shape, "pack": self.pack}
+        return tuple(name for name, factory in factories.items() if factory is not None)

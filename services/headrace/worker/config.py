@@ -30,6 +30,19 @@ class Dtype(Enum):
     BF16 = "bf16"
 
 
+class Pack(Enum):
+    """How the prompt chunks of a step lie in memory; tokens of an answer are the same with each.
+
+    `varlen` puts all tokens on one axis and computes no others. `bins` fills rows of equal length with several
+    chunks each (technique `prepacking`), `pad` gives each chunk a row of its own: for comparisons, and for devices
+    whose kernels want rectangles.
+    """
+
+    VARLEN = "varlen"
+    BINS = "bins"
+    PAD = "pad"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """Settings of a worker.
@@ -52,6 +65,8 @@ class WorkerConfig:
         max_running: Most sequences that hold blocks at once.
         shape: Technique that shapes steps ("sarathi" cuts prompts into chunks), or "whole".
         token_budget: Most tokens of one step; a chunk is never larger.
+        pack: How prompt chunks of a step lie in memory: on one axis ("varlen"), in shared rows ("bins"), or each
+            padded to the longest ("pad").
         kvstore: host:port of the kvstore; None runs without.
         peers: host:port of other workers, connected before this one is Ready.
         cache_dir: Where converted weights are kept; None converts at every start.
@@ -77,6 +92,7 @@ class WorkerConfig:
     max_running: Count = 64
     shape: str = "sarathi"
     token_budget: Count = 512
+    pack: Pack = Pack.VARLEN
     kvstore: str | None = None
     peers: tuple[str, ...] = ()
     cache_dir: Path | None = None
