@@ -20,13 +20,17 @@ BLOCK = 4
 class Client:
     """Opens sequences and, unless told not to, begins what is admitted."""
 
-    def __init__(self, *, num_blocks=64, budget=64, max_running=8, shape=None, context=4096, order=None):
+    def __init__(  # noqa: PLR0913 what an engine is made of
+        self, *, num_blocks=64, budget=64, max_running=8, shape=None, context=4096, order=None, cost=None
+    ):
         self.clock = VirtualClock(1000.0)
         self.runner = FakeRunner(num_blocks, block_tokens=BLOCK, vocab_size=64, max_context_tokens=context)
         self.changes = []
         self.engine = Engine(
             self.runner,
-            EngineConfig(num_blocks=num_blocks, token_budget=budget, max_running=max_running, fingerprint="model"),
+            EngineConfig(
+                num_blocks=num_blocks, token_budget=budget, max_running=max_running, fingerprint="model", cost=cost
+            ),
             order=order or FirstComeFirstServed(),
             shape=shape or ChunkedShape(),
             clock=self.clock,

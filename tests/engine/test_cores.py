@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,7 +15,14 @@ from pathlib import Path
 from headrace.engine.cores import Cores
 cores = Cores(4, Path(sys.argv[1]))
 for line in sys.stdin:
-    cores.__enter__() if line == "enter\\n" else cores.__exit__(None, None, None)
+    match line.strip():
+        case "enter":
+            cores.__enter__()
+        case "leave":
+            cores.__exit__(None, None, None)
+        case "turn":
+            print(int(cores._take_turn(cores._file, 0.0)), flush=True)
+            continue
     print(cores.num_others(), flush=True)
 """
 
@@ -93,8 +101,26 @@ def test_a_worker_killed_while_it_computes_gives_its_cores_back(cores, start):
     assert cores.num_others() == 0
 
 
+def test_turns_are_taken_one_after_the_other_and_a_dead_worker_leaves_its_turn(cores, start):
+    holder, other = start(), start()
+    assert holder.tell("turn")
+    begun_s = time.monotonic()
+    with cores.turn(0.1):
+        assert time.monotonic() - begun_s >= 0.1
+    assert not other.tell("turn")
+    holder.kill()
+    with cores.turn(30.0):
+        assert not other.tell("turn")
+    assert other.tell("turn")
+
+
+def test_a_turn_counts_as_no_computing(cores, start):
+    with cores.turn(0.0):
+        assert start().tell("enter") == 0
+
+
 def test_without_a_file_nobody_shares():
-    with Cores(3) as cores:
+    with Cores(3) as cores, cores.turn(30.0):
         assert (cores.share(), cores.num_others()) == (3, 0)
 
 

@@ -125,6 +125,29 @@ def test_the_ledger_of_every_process_is_shown(registry):
     assert value(registry, "vllm:kv_cache_usage_perc", model_name="tiny", engine="decode-0") == 0.2
 
 
+def test_what_steps_cost_is_shown_of_those_who_measured_it(registry):
+    cost = cluster_pb2.StepCost(
+        step_s=1e-2, prompt_s=2e-2, token_s=3e-3, pair_s=4e-7, decode_s=5e-3, context_s=6e-6, r2=0.97
+    )
+    members = [
+        MemberLoad(role="decode", load=cluster_pb2.LoadReport(name="decode-0", cost=cost)),
+        MemberLoad(role="kvstore", load=cluster_pb2.LoadReport(name="kvstore")),
+    ]
+    registry.register(ClusterCollector(lambda: members, lambda: "tiny"))
+    shown = {
+        "step_cost_seconds": 1e-2,
+        "prompt_step_cost_seconds": 2e-2,
+        "prompt_token_cost_seconds": 3e-3,
+        "prompt_pair_cost_seconds": 4e-7,
+        "decode_cost_seconds": 5e-3,
+        "context_token_cost_seconds": 6e-6,
+        "cost_r2": 0.97,
+    }
+    for name, expected in shown.items():
+        assert value(registry, f"headrace_worker_{name}", worker="decode-0", role="decode") == expected
+        assert value(registry, f"headrace_worker_{name}", worker="kvstore", role="kvstore") is None
+
+
 def test_the_kvstore_has_a_ledger_and_no_running_requests(registry):
     members = [MemberLoad(role="kvstore", load=cluster_pb2.LoadReport(name="kvstore"))]
     registry.register(ClusterCollector(lambda: members, lambda: "tiny"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.core.cost import CostModel
 from headrace.errors import PeerFailed
 from headrace.testing.fleet import open_fleet
 from headrace.v1 import cluster_pb2, cluster_pb2_grpc
@@ -37,6 +38,17 @@ async def test_a_worker_describes_its_model_pool_and_role(fleet):
     assert said.pool.agent_name == worker.connector.pool.agent_name
     assert said.layout.block_tokens == worker.runner.layout.block_tokens
     assert said.max_context_tokens == worker.runner.max_context_tokens
+
+
+async def test_the_report_says_what_steps_cost_if_that_was_measured(fleet):
+    member = fleet.workers["h0"].member
+    assert not member.load().HasField("cost")
+    member._cost = CostModel(
+        step_s=1e-2, prompt_s=2e-2, token_s=3e-3, pair_s=4e-7, decode_s=5e-3, context_s=6e-6, r2=0.97
+    )
+    assert member.load().cost == cluster_pb2.StepCost(
+        step_s=1e-2, prompt_s=2e-2, token_s=3e-3, pair_s=4e-7, decode_s=5e-3, context_s=6e-6, r2=0.97
+    )
 
 
 async def test_the_report_adds_up_and_moves_with_the_work(fleet):

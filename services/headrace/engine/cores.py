@@ -3,6 +3,9 @@
 import fcntl
 import os
 import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +15,9 @@ import torch
 from headrace.errors import ConfigError
 
 MOST_SEATS = 256
+TURN_POLL_S = 0.02
+_TURN = 2 * MOST_SEATS
+"""Byte behind those of the seats and of the computing."""
 _FLOCK = struct.Struct("hhqqi")
 """`struct flock` of 64-bit Linux: type, whence, start, length, pid."""
 
@@ -63,6 +69,31 @@ class Cores:
         """End computing: the cores go to others."""
         if self._file is not None:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, MOST_SEATS + self._seat)
+
+    @contextmanager
+    def turn(self, timeout_s: float) -> Iterator[None]:
+        """Measure one after the other: wait until no other worker of this machine is in its turn.
+
+        Args:
+            timeout_s: Longest wait; after it the turn begins all the same.
+        """
+        is_mine = self._file is None or self._take_turn(self._file, timeout_s)
+        try:
+            yield
+        finally:
+            if self._file is not None and is_mine:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _TURN)
+
+    @staticmethod
+    def _take_turn(file: int, timeout_s: float) -> bool:
+        for _ in range(1 + int(timeout_s / TURN_POLL_S)):
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _TURN)
+            except OSError:
+                time.sleep(TURN_POLL_S)
+            else:
+                return True
+        return False
 
     def share(self) -> int:
         """Return how many threads to use now; cheap enough to be asked for every layer (microseconds)."""

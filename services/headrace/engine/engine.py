@@ -9,6 +9,7 @@ from typing import assert_never
 
 from headrace.clock import Clock
 from headrace.core.block import blocks_for, root_hash
+from headrace.core.cost import CostModel
 from headrace.core.plan import SchedulerView, SequenceView, StepPlan, WorkItem
 from headrace.core.request import FinishReason, SequenceId, Token
 from headrace.engine.batch import Batch, BatchItem, Runner
@@ -49,12 +50,15 @@ class EngineConfig:
         token_budget: Most tokens of one step.
         max_running: Most sequences that hold blocks.
         fingerprint: Digest of the model, under which blocks are hashed.
+        cost: What steps cost: prompts that cannot be computed before their deadline are refused by it. None
+            refuses none.
     """
 
     num_blocks: int
     token_budget: int
     max_running: int
     fingerprint: str
+    cost: CostModel | None = None
 
 
 class Engine:
@@ -256,6 +260,17 @@ class Engine:
         late = [each for each in self._sequences.values() if each.deadline_s <= now_s and not each.has_failed]
         for sequence in late:
             self._fail(sequence, DeadlineExceeded("the request's deadline passed in the engine"))
+        # What is present of a prompt is known once it runs; an answer that has begun goes on to its deadline.
+        prompts = [each for each in self._sequences.values() if each.state is State.RUNNING and not each.num_output]
+        for sequence in prompts:
+            least_s, left_s = self._least_s(sequence), sequence.deadline_s - now_s
+            if least_s > left_s:
+                self._fail(sequence, _hopeless(sequence, least_s, left_s))
+
+    def _least_s(self, sequence: Sequence) -> float:
+        """Return seconds that the rest of a prompt takes for certain, even if nothing else runs."""
+        cost, num_present = self._config.cost, sequence.kv_length
+        return 0.0 if cost is None else cost.least_prefill_s(len(sequence.tokens) - num_present, num_present)
 
     def _plan(self) -> StepPlan:
         view = SchedulerView(
@@ -446,6 +461,14 @@ class Engine:
         change = self._cache.take_change()
         if change is not None:
             self._on_cache_change(change)
+
+
+def _hopeless(sequence: Sequence, least_s: float, left_s: float) -> DeadlineExceeded:
+    num_missing = len(sequence.tokens) - sequence.kv_length
+    return DeadlineExceeded(
+        f"{num_missing} prompt tokens take {least_s:.2f} s at least, {left_s:.2f} s are left: give a later deadline",
+        field="deadline",
+    )
 
 
 def _pin_lease(lease_id: str) -> str:

@@ -41,6 +41,15 @@ _WORKER_GAUGES: dict[str, tuple[str, _Reading]] = {
     "open_fds": ("Open file descriptors.", lambda load: load.num_fds),
     "ready": ("1 when the process has lately proven its path.", lambda load: load.is_ready),
 }
+_COST_GAUGES: dict[str, tuple[str, _Reading]] = {
+    "step_cost_seconds": ("Cost of any step, measured at the start.", lambda load: load.cost.step_s),
+    "prompt_step_cost_seconds": ("Cost that prompt tokens add to a step.", lambda load: load.cost.prompt_s),
+    "prompt_token_cost_seconds": ("Cost per prompt token.", lambda load: load.cost.token_s),
+    "prompt_pair_cost_seconds": ("Cost per token that a prompt token attends to.", lambda load: load.cost.pair_s),
+    "decode_cost_seconds": ("Cost per decoding sequence.", lambda load: load.cost.decode_s),
+    "context_token_cost_seconds": ("Cost per token that a decode attends to.", lambda load: load.cost.context_s),
+    "cost_r2": ("Share of the measured variance that the costs explain.", lambda load: load.cost.r2),
+}
 _WORKER_COUNTERS: dict[str, tuple[str, _Reading]] = {
     "steps": ("Steps of the engine.", lambda load: load.num_steps),
     "preemptions": ("Sequences preempted.", lambda load: load.num_preemptions),
@@ -170,11 +179,13 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield one family per reading."""
         members, labels = tuple(self._members()), ["worker", "role"]
-        for name, (text, read) in _WORKER_GAUGES.items():
-            gauge = GaugeMetricFamily(f"headrace_worker_{name}", text, labels=labels)
-            for member in members:
-                gauge.add_metric([member.load.name, member.role], read(member.load))
-            yield gauge
+        measured = tuple(member for member in members if member.load.HasField("cost"))
+        for gauges, shown in ((_WORKER_GAUGES, members), (_COST_GAUGES, measured)):
+            for name, (text, read) in gauges.items():
+                gauge = GaugeMetricFamily(f"headrace_worker_{name}", text, labels=labels)
+                for member in shown:
+                    gauge.add_metric([member.load.name, member.role], read(member.load))
+                yield gauge
         for name, (text, read) in _WORKER_COUNTERS.items():
             counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
             for member in members:

@@ -210,6 +210,7 @@ class LoadReport(_message.Message):
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the process."""
     epoch: _builtins.str
@@ -244,6 +245,10 @@ class LoadReport(_message.Message):
     def ledger(self) -> Global___LedgerReport:
         """The ledger: free + cached + leased = total."""
 
+    @_builtins.property
+    def cost(self) -> Global___StepCost:
+        """What its steps cost; absent when that was not measured."""
+
     def __init__(
         self,
         *,
@@ -263,14 +268,63 @@ class LoadReport(_message.Message):
         num_preemptions: _builtins.int = ...,
         computed_tokens: _builtins.int = ...,
         transferred_bytes: _builtins.int = ...,
+        cost: Global___StepCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "epoch", b"epoch", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "cost", b"cost", "epoch", b"epoch", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class StepCost(_message.Message):
+    """Seconds of a step, linear in what is in it, measured when the process started. A step
+    takes step_s, plus prompt_s if it has prompt tokens, plus each of the others per unit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_S_FIELD_NUMBER: _builtins.int
+    PROMPT_S_FIELD_NUMBER: _builtins.int
+    TOKEN_S_FIELD_NUMBER: _builtins.int
+    PAIR_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    CONTEXT_S_FIELD_NUMBER: _builtins.int
+    R2_FIELD_NUMBER: _builtins.int
+    step_s: _builtins.float
+    """Any step."""
+    prompt_s: _builtins.float
+    """More for a step that has prompt tokens."""
+    token_s: _builtins.float
+    """Per prompt token."""
+    pair_s: _builtins.float
+    """Per pair of a prompt token and a token that it attends to, itself included."""
+    decode_s: _builtins.float
+    """Per decoding sequence."""
+    context_s: _builtins.float
+    """Per token that a decode attends to."""
+    r2: _builtins.float
+    """Share of the measured variance that this explains, at most 1."""
+    def __init__(
+        self,
+        *,
+        step_s: _builtins.float = ...,
+        prompt_s: _builtins.float = ...,
+        token_s: _builtins.float = ...,
+        pair_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        context_s: _builtins.float = ...,
+        r2: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_s", b"context_s", "decode_s", b"decode_s", "pair_s", b"pair_s", "prompt_s", b"prompt_s", "r2", b"r2", "step_s", b"step_s", "token_s", b"token_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCost: _TypeAlias = StepCost  # noqa: Y015
 
 @_typing.final
 class LedgerReport(_message.Message):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.clock import Clock
+from headrace.core.cost import CostModel
 from headrace.core.request import PROTOCOL_VERSION, SamplingParams, SequenceId, SequenceSpec
 from headrace.core.wire import layout_to_proto
 from headrace.engine.batch import Runner
@@ -47,6 +48,7 @@ class MemberParts:
         runner: Layout and context length.
         engine: Source of load.
         connector: Source of the pool and of transfer counts.
+        cost: What steps cost here; None if that was not measured.
     """
 
     config: WorkerConfig
@@ -57,6 +59,7 @@ class MemberParts:
     engine: AsyncEngine
     connector: Connector
     clock: Clock
+    cost: CostModel | None = None
 
     def introduce(self) -> cluster_pb2.HandshakeRequest:
         """Return what this worker says when it opens a connection."""
@@ -93,6 +96,7 @@ class WorkerMember:
         self._engine = parts.engine
         self._connector = parts.connector
         self._clock = parts.clock
+        self._cost = parts.cost
         self._begin_drain = begin_drain
         self._peers = peers
         self.is_draining = False
@@ -132,6 +136,7 @@ class WorkerMember:
             num_preemptions=stats.num_preemptions,
             computed_tokens=stats.computed_tokens,
             transferred_bytes=transfers.written_bytes + transfers.read_bytes,
+            cost=None if self._cost is None else _cost(self._cost),
         )
 
     async def meet(self, caller: cluster_pb2.HandshakeRequest) -> None:
@@ -220,6 +225,18 @@ def _ledger(stats: EngineStats) -> cluster_pb2.LedgerReport:
         cached=stats.cached_blocks,
         leased=stats.leased_blocks,
         num_leases=stats.num_leases,
+    )
+
+
+def _cost(cost: CostModel) -> cluster_pb2.StepCost:
+    return cluster_pb2.StepCost(
+        step_s=cost.step_s,
+        prompt_s=cost.prompt_s,
+        token_s=cost.token_s,
+        pair_s=cost.pair_s,
+        decode_s=cost.decode_s,
+        context_s=cost.context_s,
+        r2=cost.r2,
     )
 
 

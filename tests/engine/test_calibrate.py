@@ -1,0 +1,113 @@
+"""What steps cost is found by timing them, within the time and the blocks given."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+
+from headrace.clock import VirtualClock
+from headrace.core.block import KvLayout
+from headrace.core.cost import CostModel, chunk_work, decode_work
+from headrace.engine.arena import KvArena
+from headrace.engine.calibrate import PROBES, blocks_wanted, calibrate, filled
+from headrace.testing.runner import FakeRunner
+
+TRUE = CostModel(step_s=10e-3, prompt_s=5e-3, token_s=1e-3, pair_s=4e-7, decode_s=2e-3, context_s=2e-6)
+BLOCKS = blocks_wanted(16)
+
+
+class TimedRunner(FakeRunner):
+    """Takes the time that a cost model says; what it answers is unchanged."""
+
+    def __init__(self, clock, cost=TRUE, factors=None, **options):
+        super().__init__(BLOCKS, **options)
+        self.clock, self.cost, self.factors = clock, cost, factors or itertools.repeat(1.0)
+
+    def run(self, batch):
+        sizes = [(len(item.token_ids), item.kv_start) for item in batch.items]
+        work = decode_work(done + 1 for size, done in sizes if size == 1)
+        for size, done in sizes:
+            if size > 1:
+                work += chunk_work(size, done)
+        self.clock.advance(self.cost.seconds(work) * next(self.factors))
+        return super().run(batch)
+
+
+def found(cost, probes=PROBES):
+    return [cost.seconds(probe.work) for probe in probes]
+
+
+def test_the_cost_of_a_runner_is_found_by_timing_its_steps():
+    clock = VirtualClock()
+    cost = calibrate(TimedRunner(clock), BLOCKS, clock, limit_s=10.0)
+    assert found(cost) == pytest.approx(found(TRUE), rel=1e-6)
+    assert cost.r2 == pytest.approx(1.0)
+    assert cost.step([(512, 4096)], [2000] * 7) == pytest.approx(TRUE.step([(512, 4096)], [2000] * 7), rel=1e-3)
+
+
+def test_the_first_time_of_a_step_does_not_count_nor_does_one_that_was_held_up():
+    clock = VirtualClock()
+    rounds = [7.0, 1.0, 9.0, 1.0, 1.0]
+    factors = itertools.chain.from_iterable(itertools.repeat(factor, len(PROBES)) for factor in rounds)
+    limit_s = sum(found(TRUE)) * sum(rounds) - 0.01
+    assert found(calibrate(TimedRunner(clock, factors=factors), BLOCKS, clock, limit_s)) == pytest.approx(found(TRUE))
+
+
+@pytest.mark.parametrize("limit_s", [0.3, 0.6, 1.5])
+def test_it_ends_in_time_but_for_the_step_under_way(limit_s):
+    clock = VirtualClock()
+    runner = TimedRunner(clock)
+    calibrate(runner, BLOCKS, clock, limit_s)
+    assert limit_s <= clock.now() < limit_s + max(found(TRUE))
+
+
+def test_a_slow_machine_has_measured_something_of_everything_when_half_of_the_steps_are_done():
+    clock = VirtualClock()
+    half = PROBES[: len(PROBES) // 2]
+    cost = calibrate(TimedRunner(clock), BLOCKS, clock, limit_s=sum(found(TRUE, half)) - 1e-6)
+    assert found(cost) == pytest.approx(found(TRUE), rel=0.2)
+
+
+def test_too_few_steps_make_no_model_and_say_so(caplog):
+    clock = VirtualClock()
+    assert calibrate(TimedRunner(clock), BLOCKS, clock, limit_s=0.01) is None
+    assert calibrate(TimedRunner(clock), 0, clock, limit_s=1.0) is None
+    assert [record.message for record in caplog.records] == ["too few steps to model their cost"] * 2
+
+
+def test_only_the_blocks_and_the_context_given_are_used():
+    clock = VirtualClock()
+    runner = TimedRunner(clock, max_context_tokens=512)
+    calibrate(runner, 40, clock, limit_s=3.0)
+    items = [item for batch in runner.batches for item in batch.items]
+    assert max(max(item.block_table) for item in items) < 40
+    assert max(item.kv_length for item in items) < 512
+    assert all(len(item.block_table) * 16 >= item.kv_length for item in items)
+
+
+def test_sequences_of_a_step_have_blocks_of_their_own():
+    clock = VirtualClock()
+    runner = TimedRunner(clock)
+    calibrate(runner, BLOCKS, clock, limit_s=1.0)
+    for batch in runner.batches:
+        used = [block for item in batch.items for block in item.block_table]
+        assert len(used) == len(set(used))
+
+
+def test_a_fit_that_explains_little_is_a_warning(caplog):
+    clock = VirtualClock()
+    factors = itertools.cycle([9.0, 1.0, 0.1][index % 3] for index in range(len(PROBES)))
+    cost = calibrate(TimedRunner(clock, factors=factors), BLOCKS, clock, limit_s=20.0)
+    assert not cost.is_sound
+    [record] = caplog.records
+    assert (record.levelno, record.message, record.r2) == (logging.WARNING, "cost of steps measured", cost.r2)
+
+
+def test_blocks_are_full_while_it_measures_and_zero_afterwards():
+    layout = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=1, head_dim=8, dtype="bf16")
+    arena = KvArena(layout, 4, torch.device("cpu"))
+    with filled(arena, 3):
+        assert arena.data[:3].float().abs().sum(dim=(1, 2, 3, 4, 5)).min() > 0
+        assert not arena.data[3].any()
+    assert not arena.data.any()
