@@ -20,10 +20,12 @@ import torch
 from headrace import catalog
 from headrace.clock import WallClock
 from headrace.core.block import blocks_for
+from headrace.core.cost import CostModel
 from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.arena import KvArena
+from headrace.engine.calibrate import blocks_wanted, calibrate, filled
 from headrace.engine.cores import Cores
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.messages import CacheChange
@@ -41,7 +43,7 @@ from headrace.runtime.lifecycle import Lifecycle, run_service
 from headrace.runtime.logs import setup_logs
 from headrace.runtime.server import GrpcServer
 from headrace.seams.pack import PackPolicy
-from headrace.seams.shape import ShapePolicy
+from headrace.seams.shape import ShapeContext, ShapePolicy
 from headrace.settings import ServeArgs
 from headrace.transfer.arena import Arena
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
@@ -88,6 +90,7 @@ class Machine:
     runner: ModelRunner
     cores: Cores
     fingerprint: str
+    cost: CostModel | None
 
 
 def build_machine(config: WorkerConfig) -> Machine:
@@ -112,13 +115,24 @@ def build_machine(config: WorkerConfig) -> Machine:
     arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device, num_pad_blocks=num_pad_blocks)
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
-    return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint)
+    cost = _measure_cost(runner, arena, cores, config.calibrate_s)
+    return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
+
+
+def _measure_cost(runner: ModelRunner, arena: KvArena, cores: Cores, limit_s: float) -> CostModel | None:
+    """Measure in blocks that no engine owns yet; workers that start together take turns, as far as that helps."""
+    if limit_s <= 0:
+        return None
+    num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens))
+    with cores.turn(limit_s), cores, filled(arena, num_blocks):
+        return calibrate(runner, num_blocks, WallClock(), limit_s)
 
 
 async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
     """Run a worker until the process is asked to leave."""
-    shape = make_shape(config.shape)
+    make = shape_maker(config.shape)
     machine = await _in_own_thread(partial(build_machine, config))
+    shape = make(shape_context(config, machine.cost))
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         parts = _assemble(config, machine, shape, channels, tasks)
         member = WorkerMember(parts.member, parts.peers, begin_drain=partial(lifecycle.stop, "drain"))
@@ -187,6 +201,7 @@ def _assemble(
         engine=engine,
         connector=connector,
         clock=clock,
+        cost=machine.cost,
     )
     peers = Peers(connector, channels, member.introduce, machine.fingerprint)
     lifetimes = Lifetimes(channels, member.introduce)
@@ -271,6 +286,7 @@ def _engine(
         token_budget=config.token_budget,
         max_running=config.max_running,
         fingerprint=machine.fingerprint,
+        cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
     )
     order = FirstComeFirstServed()
     return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=changes)
@@ -292,18 +308,40 @@ async def _watch(thread: EngineThread, lifecycle: Lifecycle) -> None:
     lifecycle.stop("the engine's thread died")
 
 
-def make_shape(name: str) -> ShapePolicy:
-    """Return a shape policy: `whole`, or a technique that fills the seam.
+def shape_context(config: WorkerConfig, cost: CostModel | None) -> ShapeContext:
+    """Return what the worker's shape is made with.
+
+    Raises:
+        ConfigError: the target is no time.
+    """
+    target_ms = config.tbt_target_ms
+    if target_ms is not None and target_ms <= 0:
+        raise ConfigError(f"wanted a target above 0 ms, found {target_ms}", field="tbt_target_ms")
+    return ShapeContext(
+        cost=cost,
+        tbt_target_s=None if target_ms is None else target_ms / 1000,
+        is_dynamic=config.dynamic_chunks,
+    )
+
+
+def shape_maker(name: str) -> Callable[[ShapeContext], ShapePolicy]:
+    """Return what makes a shape policy: that of `whole`, or of a technique that fills the seam.
 
     Raises:
         ConfigError: there is none of that name.
     """
     if name == "whole":
-        return WholeShape()
+        return _whole
     technique = catalog.load(name)
     if technique.shape is None:
         raise ConfigError(f"technique {name} does not shape steps", field="shape")
-    return technique.shape()
+    return technique.shape
+
+
+def _whole(context: ShapeContext) -> ShapePolicy:
+    if context.tbt_target_s is not None or context.is_dynamic:
+        raise ConfigError("shape whole cuts nothing: it keeps to no target and has no dynamic chunks", field="shape")
+    return WholeShape()
 
 
 def make_pack(pack: Pack) -> PackPolicy | None:

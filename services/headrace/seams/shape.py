@@ -1,9 +1,26 @@
 """Choose how much of each sequence a step computes. Filled by `sarathi`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from headrace.core.cost import CostModel
 from headrace.core.plan import SequenceView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeContext:
+    """What a shape is made with.
+
+    Attributes:
+        cost: What steps cost on this instance; None if that was not measured.
+        tbt_target_s: Longest step that running decodes are to wait for, in seconds; None leaves it open.
+        is_dynamic: Whether later chunks of a prompt shrink, so that steps take the same time.
+    """
+
+    cost: CostModel | None = None
+    tbt_target_s: float | None = None
+    is_dynamic: bool = False
 
 
 class ShapePolicy(Protocol):

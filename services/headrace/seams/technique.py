@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.seams.pack import PackPolicy
-from headrace.seams.shape import ShapePolicy
+from headrace.seams.shape import ShapeContext, ShapePolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Technique:
     url: str
     is_lossless: bool
     measured: str
-    shape: Callable[[], ShapePolicy] | None = None
+    shape: Callable[[ShapeContext], ShapePolicy] | None = None
     pack: Callable[[], PackPolicy] | None = None
 
     @property

@@ -65,6 +65,12 @@ class WorkerConfig:
         max_running: Most sequences that hold blocks at once.
         shape: Technique that shapes steps ("sarathi" cuts prompts into chunks), or "whole".
         token_budget: Most tokens of one step; a chunk is never larger.
+        tbt_target_ms: Longest time between the tokens of running answers that `shape` is to keep to by making
+            chunks smaller while there are any; None keeps to `token_budget` alone.
+        dynamic_chunks: Whether later chunks of a prompt, which attend to more, shrink so that steps take the same
+            time.
+        calibrate_s: Longest time to measure at the start what steps cost, in seconds; 0 does not measure. Without
+            it there are no targets of time, and no prompt is refused because its deadline is too near.
         pack: How prompt chunks of a step lie in memory: on one axis ("varlen"), in shared rows ("bins"), or each
             padded to the longest ("pad").
         kvstore: host:port of the kvstore; None runs without.
@@ -92,6 +98,9 @@ class WorkerConfig:
     max_running: Count = 64
     shape: str = "sarathi"
     token_budget: Count = 512
+    tbt_target_ms: float | None = None
+    dynamic_chunks: bool = False
+    calibrate_s: float = 1.2
     pack: Pack = Pack.VARLEN
     kvstore: str | None = None
     peers: tuple[str, ...] = ()

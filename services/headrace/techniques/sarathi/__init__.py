@@ -1,13 +1,13 @@
 """SARATHI: chunked prefill with piggybacked decodes."""
 
-from headrace.seams.shape import ShapePolicy
+from headrace.seams.shape import ShapeContext, ShapePolicy
 from headrace.seams.technique import Technique
 
 
-def _shape() -> ShapePolicy:
+def _shape(context: ShapeContext) -> ShapePolicy:
     from headrace.techniques.sarathi.shape import ChunkedShape
 
-    return ChunkedShape()
+    return ChunkedShape(context)
 
 
 TECHNIQUE = Technique(
