@@ -2,6 +2,7 @@
 
 import ipaddress
 
+import httpx
 import psutil
 import pytest
 
@@ -40,3 +41,17 @@ def test_the_doctor_measures_every_pair_also_after_the_kvstore_was_reborn(cluste
     # Workers look for a reborn kvstore every few seconds.
     wait_until(lambda: errors() == [None] * 6, 30.0, lambda: f"lanes: {errors()}")
     cluster.wait_quiet()
+
+
+def test_workers_measure_what_their_steps_cost_before_they_are_ready(cluster):
+    workers = {name: member for name, member in cluster.members().items() if name not in ("router", "kvstore")}
+    assert set(workers) == {"prefill-0", "decode-0"}
+    for member in workers.values():
+        cost, ledger = member.load.cost, member.load.ledger
+        assert cost.step_s + cost.prompt_s > 0
+        assert cost.token_s > 0
+        assert 0 < cost.r2 <= 1
+        assert ledger.free + ledger.cached == ledger.total
+    shown = httpx.get(f"{cluster.http}/metrics", timeout=5.0).text
+    assert 'headrace_worker_cost_r2{role="decode",worker="decode-0"}' in shown
+    assert 'headrace_worker_cost_r2{role="kvstore"' not in shown

@@ -7,7 +7,7 @@ from headrace.core.plan import SequenceView
 from headrace.errors import ConfigError
 from headrace.seams.shape import ShapeContext
 
-LEAST_CHUNK_TOKENS = 16
+LEAST_CHUNK_TOKENS = 8
 """A chunk under a target of time is no smaller: where decodes alone miss the target, prompts must not starve."""
 
 DEFAULT_CONTEXT = ShapeContext()
