@@ -1,5 +1,7 @@
 from itertools import combinations
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,3 +37,19 @@ def test_no_two_rows_would_fit_into_one(lengths, tile):
     packing = FirstFitDecreasing(tile).pack(lengths)
     filled = [sum(lengths[item] for item in row) for row in packing.rows]
     assert all(one + other > packing.capacity_tokens for one, other in combinations(filled, 2))
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "of_padding", "of_varlen"), [(8, 0.42, 1.25), (32, 0.35, 1.08), (64, 0.34, 1.04)]
+)
+def test_bins_of_uneven_prompts_compute_a_third_of_the_tokens_of_padding(num_prompts, of_padding, of_varlen):
+    """The lengths of loadtest/ratios/bench_prepacking.py: median 64, sigma 0.8."""
+    bins = padded = asked = 0
+    for seed in range(1, 21):
+        drawn = np.random.default_rng(seed).lognormal(np.log(64), 0.8, num_prompts)
+        lengths = [int(length) for length in np.clip(drawn, 8, 256)]
+        bins += FirstFitDecreasing().pack(lengths).num_tokens
+        padded += PaddedRows().pack(lengths).num_tokens
+        asked += sum(lengths)
+    assert bins < of_padding * padded
+    assert asked <= bins < of_varlen * asked
