@@ -227,7 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--target-ms", type=float, default=30.0)
+    parser.add_argument("--target-ms", type=float, default=25.0)
     parser.add_argument("--part", choices=("whole", "idle", "both"), default="both")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()

@@ -2,10 +2,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace.core.cost import CostModel
 from headrace.core.request import FinishReason, Token
 from headrace.engine.messages import Goal, Progress
 from headrace.engine.scheduler import WholeShape
 from headrace.errors import DeadlineExceeded, InternalError, InvalidRequest
+from headrace.seams.shape import ShapeContext
 from headrace.techniques.sarathi.shape import ChunkedShape
 
 BLOCK = 4
@@ -350,7 +352,13 @@ REQUEST = st.fixed_dictionaries(
         "pause": st.integers(0, 3),
     }
 )
-SHAPES = [(ChunkedShape(), budget) for budget in (1, 3, 16, 64, 512)] + [(WholeShape(), 64)]
+COST = CostModel(step_s=1e-3, prompt_s=1e-3, token_s=1e-3, pair_s=1e-4, decode_s=1e-3, context_s=1e-5)
+SHAPES = [
+    *((ChunkedShape(), budget) for budget in (1, 3, 16, 64, 512)),
+    (ChunkedShape(ShapeContext(cost=COST, tbt_target_s=0.02)), 64),
+    (ChunkedShape(ShapeContext(cost=COST, is_dynamic=True)), 16),
+    (WholeShape(), 64),
+]
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
