@@ -112,6 +112,12 @@ def test_samples_that_do_not_depend_on_their_work_make_no_sound_fit():
     assert not found.is_sound
 
 
+def test_as_many_coefficients_as_samples_explain_anything_and_make_no_sound_fit():
+    few = [Sample(work=decode_work([16] * count), seconds=CPU.decode(count, 16 * count)) for count in (1, 4)]
+    assert fit(few).seconds(few[1].work) == pytest.approx(few[1].seconds)
+    assert not fit(few).is_sound
+
+
 @pytest.mark.parametrize("samples", [[], [Sample(work=NOTHING, seconds=0.0)]])
 def test_a_fit_needs_steps_that_took_time(samples):
     with pytest.raises(InvalidRequest):

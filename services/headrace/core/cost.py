@@ -95,7 +95,8 @@ class CostModel:
         pair_s: Seconds per pair of a prompt token and a token that it attends to.
         decode_s: Seconds per decoding sequence.
         context_s: Seconds per token that a decode attends to.
-        r2: Share of the samples' variance that the fit explains; at most 1.
+        r2: Share of the samples' variance that the fit explains, at most 1; adjusted for how many coefficients it
+            took, and 0 where there were no more samples than those: such a fit explains anything.
     """
 
     step_s: float
@@ -181,8 +182,6 @@ def fit(samples: Sequence[Sample]) -> CostModel:
     rows = np.array([_row(sample.work) for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples], dtype=np.float64)
     found = _non_negative(rows / seconds[:, None])
-    spread = float(((seconds - seconds.mean()) ** 2).sum())
-    error = float(((seconds - rows @ found) ** 2).sum())
     step_s, prompt_s, token_s, pair_s, decode_s, context_s = (float(value) for value in found)
     return CostModel(
         step_s=step_s,
@@ -191,8 +190,17 @@ def fit(samples: Sequence[Sample]) -> CostModel:
         pair_s=pair_s,
         decode_s=decode_s,
         context_s=context_s,
-        r2=1.0 - error / spread if spread > 0 else 0.0,
+        r2=_adjusted_r2(seconds, rows @ found, int((found > 0).sum())),
     )
+
+
+def _adjusted_r2(measured: _Vector, fitted: _Vector, num_used: int) -> float:
+    num_free = len(measured) - num_used
+    spread = float(((measured - measured.mean()) ** 2).sum())
+    if num_free <= 0 or spread <= 0:
+        return 0.0
+    error = float(((measured - fitted) ** 2).sum())
+    return 1.0 - error / num_free / (spread / (len(measured) - 1))
 
 
 def _row(work: StepWork) -> tuple[float, ...]:

@@ -306,7 +306,9 @@ class StepCost(_message.Message):
     context_s: _builtins.float
     """Per token that a decode attends to."""
     r2: _builtins.float
-    """Share of the measured variance that this explains, at most 1."""
+    """Share of the measured variance that this explains, at most 1, adjusted for the number
+    of coefficients.
+    """
     def __init__(
         self,
         *,
