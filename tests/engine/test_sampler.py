@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -150,6 +151,45 @@ def test_the_same_seed_gives_the_same_tokens_and_another_gives_others():
     assert not torch.equal(draw(logits, 200, seed=5), draw(logits, 200, seed=5 + 2**32))
 
 
+def edited_scores(logits, own):
+    """One row's logits after bias, penalties and the minimum length, written out."""
+    params, scores = own.params, logits.clone()
+    for token, addend in params.logit_bias:
+        scores[token] += addend
+    for token in {*own.prompt, *own.output}:
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    for token, count in Counter(own.output).items():
+        scores[token] -= params.presence_penalty + params.frequency_penalty * count
+    if len(own.output) < params.min_tokens:
+        scores[[*own.eos_token_ids, *params.stop_token_ids]] = -math.inf
+    return scores
+
+
+def filtered(scores, params):
+    """Scores over the temperature; -inf where top-k, top-p or min-p leave a token out."""
+    scores = scores / params.temperature
+    if params.top_k and params.top_k < len(scores):
+        scores[scores < torch.topk(scores, params.top_k).values[-1]] = -math.inf
+    if params.top_p < 1:
+        scores[~nucleus(scores, params.top_p)] = -math.inf
+    probabilities = torch.softmax(scores, -1)
+    scores[probabilities < params.min_p * probabilities.max() * (1 - 1e-6)] = -math.inf
+    return scores
+
+
+def by_definition(logits, own):
+    """The token of one row: argmax of log p plus noise over the filtered vocabulary."""
+    scores = edited_scores(logits, own)
+    if own.params.temperature == 0:
+        return int(torch.argmax(scores))
+    key = torch.tensor([noise_key(own.params.seed, own.choice, own.position)], dtype=torch.int32)
+    noise = gumbel(key, torch.arange(len(scores), dtype=torch.int32))[0]
+    return int(torch.argmax(torch.log_softmax(filtered(scores, own.params), -1) + noise))
+
+
+WIDE = 1536
+TOKEN_IDS = st.integers(0, WIDE - 1)
 PARAMS = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.3, 1.0, 1.7]),
@@ -157,51 +197,77 @@ PARAMS = st.fixed_dictionaries(
         "top_p": st.sampled_from([1.0, 0.99, 0.5]),
         "min_p": st.sampled_from([0.0, 0.05]),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, -0.6]),
         "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "logit_bias": st.dictionaries(TOKEN_IDS, st.floats(-9, 9, width=16), max_size=3).map(
+            lambda bias: tuple(bias.items())
+        ),
         "seed": st.integers(0, 2**64 - 1),
-        "position": st.integers(0, 4000),
         "min_tokens": st.sampled_from([0, 3]),
+        "stop_token_ids": st.lists(TOKEN_IDS, max_size=2).map(tuple),
+        "logprobs": st.sampled_from([None, 0, 3, 20]),
+        "position": st.integers(0, 4000),
+        "choice": st.integers(0, 3),
+        "prompt": st.lists(TOKEN_IDS, min_size=1, max_size=9).map(tuple),
+        # Few kinds of tokens, so that some come often.
+        "output": st.lists(st.integers(0, 5), max_size=6).map(tuple),
     }
 )
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.lists(PARAMS, min_size=2, max_size=6), seed=st.integers(0, 50))
-def test_a_token_does_not_depend_on_its_batch(rows, seed):
-    logits = torch.stack([logits_of(seed + index, vocab=1500) for index in range(len(rows))])
+@given(data=st.data(), rows=st.lists(PARAMS, min_size=2, max_size=8), seed=st.integers(0, 50))
+def test_a_token_does_not_depend_on_its_batch(data, rows, seed):
+    logits = torch.stack([logits_of(seed + index, vocab=WIDE) for index in range(len(rows))])
     # Models in bf16 give many equal logits: choices among equals must not depend on the batch either.
     logits = (logits * 8).round() / 8
-    together = sample(logits, [row(output=(3, 4), **params) for params in rows])
-    for index, params in enumerate(rows):
-        assert sample(logits[index : index + 1], [row(output=(3, 4), **params)])[0] == together[index]
+    alone = [sample(logits[index : index + 1], [row(**params)])[0] for index, params in enumerate(rows)]
+    order = data.draw(st.permutations(range(len(rows))))
+    assert sample(logits[order], [row(**rows[index]) for index in order]) == [alone[index] for index in order]
 
 
-@settings(deadline=None, max_examples=40)
-@given(params=PARAMS, seed=st.integers(0, 50))
-def test_the_noise_decides_among_what_the_filters_keep(params, seed):
-    """The definition, written out: argmax of log p plus noise over the filtered vocabulary."""
-    logits = logits_of(seed, vocab=1500)
-    own = row(output=(3, 4), **params)
-    chosen = sample(logits[None], [own])[0].token_id
-    if own.params.temperature == 0:
-        return
-    scores = logits.clone()
-    if params["min_tokens"]:
-        scores[2] = -math.inf
-    for token in (1, 3, 4):
-        penalty = params["repetition_penalty"]
-        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
-    scores[[3, 4]] -= params["frequency_penalty"]
-    scores /= params["temperature"]
-    if params["top_k"] and params["top_k"] < len(scores):
-        scores[scores < torch.topk(scores, params["top_k"]).values[-1]] = -math.inf
-    if params["top_p"] < 1:
-        scores[~nucleus(scores, params["top_p"])] = -math.inf
-    probabilities = torch.softmax(scores, -1)
-    scores[probabilities < params["min_p"] * probabilities.max() * (1 - 1e-6)] = -math.inf
-    key = torch.tensor([noise_key(params["seed"], 0, params["position"])], dtype=torch.int32)
-    noise = gumbel(key, torch.arange(len(scores), dtype=torch.int32))[0]
-    assert chosen == int(torch.argmax(torch.log_softmax(scores, -1) + noise))
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(PARAMS, min_size=1, max_size=8), seed=st.integers(0, 50))
+def test_every_row_of_a_batch_is_chosen_by_the_definition(rows, seed):
+    logits = torch.stack([logits_of(seed + index, vocab=WIDE) for index in range(len(rows))])
+    rows = [row(**params) for params in rows]
+    for chosen, own, scores in zip(sample(logits, rows), rows, logits, strict=True):
+        assert chosen.token_id == by_definition(scores, own)
+        if own.params.logprobs is None:
+            assert (chosen.logprob, chosen.top_logprobs) == (None, ())
+            continue
+        logprobs = torch.log_softmax(scores, -1)
+        values, ids = torch.topk(logprobs, own.params.logprobs)
+        assert chosen.logprob == float(logprobs[chosen.token_id])
+        assert chosen.top_logprobs == tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 12, "top_p": 0.9, "min_p": 0.02},
+        {"top_p": 0.8, "repetition_penalty": 1.5, "presence_penalty": 0.5},
+        {"top_k": 40, "frequency_penalty": 0.7, "logit_bias": ((2, 3.0), (9, 2.5)), "min_tokens": 9},
+        {"min_p": 0.1, "logit_bias": ((4, 1.5), (5, 1.5))},
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_under_any_options_tokens_are_drawn_from_the_filtered_distribution(params, temperature):
+    logits, known = logits_of(11), {"prompt": (1, 3), "output": (4, 4, 6)}
+    own = row(**known, temperature=temperature, **params)
+    wanted = torch.softmax(filtered(edited_scores(logits, own), own.params), -1)
+    drawn = draw(logits, 6000, seed=17, **known, temperature=temperature, **params)
+    assert_drawn_from(drawn, wanted)
+    assert not wanted[drawn].eq(0).any()
+
+
+@pytest.mark.parametrize("vocab", [50, 127, 128, 1000, 1536, 49152])
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_the_best_are_found_in_any_vocabulary(vocab, count):
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab))
+    values, ids = torch.topk(torch.log_softmax(logits, -1), count)
+    for index, chosen in enumerate(sample(logits, [row(temperature=0.0, logprobs=count)] * 3)):
+        assert chosen.top_logprobs == tuple(zip(ids[index].tolist(), values[index].tolist(), strict=True))
 
 
 def test_logit_bias_can_force_and_forbid():
@@ -259,94 +325,3 @@ def test_the_logits_given_are_not_changed():
 def test_logits_that_are_no_numbers_still_give_a_token():
     for params in ({}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}):
         assert 0 <= choose(torch.full((VOCAB,), math.nan), **params) < VOCAB
-
-
-def noise(count, position=0, seed=0, start=0, choice=0):
-    keys = torch.tensor([noise_key(seed, choice, position)], dtype=torch.int32)
-    return gumbel(keys, torch.arange(start, start + count, dtype=torch.int32))[0]
-
-
-def uniform(values):
-    return torch.exp(-torch.exp(-values.to(torch.float64)))
-
-
-def noise_over(keys, token=41):
-    """The noise of one token under many keys."""
-    return gumbel(torch.tensor(keys, dtype=torch.int32), torch.tensor([token], dtype=torch.int32))[:, 0]
-
-
-def assert_flat(counts):
-    """Chi-square of equally likely cells; noise is fixed, so five deviations never flicker."""
-    counts = counts.to(torch.float64)
-    expected = counts.sum() / counts.numel()
-    assert float(((counts - expected) ** 2 / expected).sum()) < counts.numel() + 5 * math.sqrt(2 * counts.numel())
-
-
-AXES = {
-    "seeds": lambda index: noise_key(index, 0, 7),
-    "high seeds": lambda index: noise_key(index << 40, 0, 7),
-    "choices": lambda index: noise_key(3, index, 7),
-    "positions": lambda index: noise_key(3, 0, index),
-}
-
-
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("token", [0, 1, 49151])
-def test_along_every_axis_the_noise_is_gumbel_and_neighbours_are_independent(axis, token):
-    places = (uniform(noise_over([AXES[axis](index) for index in range(20_000)], token)) * 16).long().clamp(max=15)
-    assert_flat(torch.bincount(places, minlength=16))
-    assert_flat(torch.bincount(places[:-1] * 16 + places[1:], minlength=256))
-
-
-@pytest.mark.parametrize("step", [1, 2, 16, 4096])
-def test_the_noise_of_neighbouring_tokens_is_independent(step):
-    places = (uniform(noise(100_000 + step)) * 16).long().clamp(max=15)
-    assert_flat(torch.bincount(places[:-step] * 16 + places[step:], minlength=256))
-
-
-@pytest.mark.parametrize("bit", range(64))
-def test_every_bit_of_a_seed_gives_another_stream(bit):
-    ones, others = noise(2000, seed=11), noise(2000, seed=11 ^ (1 << bit))
-    assert int((ones == others).sum()) < 3
-    assert abs(float(torch.corrcoef(torch.stack([ones, others]))[0, 1])) < 5 / math.sqrt(2000)
-
-
-def test_the_hash_wraps_as_whole_numbers_of_32_bits_do():
-    def mix(word):
-        for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            word = ((word ^ word >> shift) * multiplier) % 2**32
-        return word ^ word >> 16
-
-    tokens = [0, 1, 2, 49151, 151_935, 2**31 - 1]
-    for seed in (0, 1, 2**32 - 1, 2**63, 2**64 - 1):
-        key = noise_key(seed, 1, 2)
-        found = gumbel(torch.tensor([key], dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32))[0]
-        words = [mix(mix(token ^ key[0] % 2**32) ^ key[1] % 2**32) % 2**31 for token in tokens]
-        wanted = torch.tensor([-math.log(-math.log1p(-(word + 0.5) / 2**31)) for word in words])
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_the_noise_is_gumbel():
-    values = noise(200_000).to(torch.float64)
-    uniform = torch.exp(-torch.exp(-values))
-    bins = torch.histc(uniform, bins=200, min=0.0, max=1.0)
-    statistic = float(((bins - 1000) ** 2 / 1000).sum())
-    assert statistic < 200 + 5 * math.sqrt(400)
-    assert torch.isfinite(values).all()
-
-
-@pytest.mark.parametrize("step", [1, 2, 64, 2**20])
-def test_the_noise_of_neighbouring_positions_is_unrelated(step):
-    ones, others = noise(50_000, position=100), noise(50_000, position=100 + step)
-    correlation = torch.corrcoef(torch.stack([ones, others]))[0, 1]
-    assert abs(float(correlation)) < 5 / math.sqrt(50_000)
-
-
-def test_the_noise_of_a_token_can_be_had_alone():
-    assert torch.equal(noise(1, start=777), noise(1000)[777:778])
-
-
-def test_the_noise_is_the_same_forever():
-    """Answers with a seed must not change between versions: these numbers are an interface."""
-    wanted = torch.tensor([0.6744460, 1.8862889, 2.1016912, 1.1097498])
-    torch.testing.assert_close(noise(4, position=3, seed=12345), wanted, rtol=1e-6, atol=1e-6)

@@ -1,11 +1,11 @@
 """Logits to tokens."""
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from headrace.core.request import SamplingParams
@@ -15,6 +15,8 @@ _CANDIDATES = 64
 """How many best tokens are looked at before all are; in most answers they hold what top-k and top-p keep."""
 _MIN_TEMPERATURE = 1e-6
 """Below it only equal logits compete, as at it, and fp32 would overflow."""
+_SPAN = 128
+"""Values whose maximum stands for all of them while the best are looked for."""
 _ENTRIES_PER_PASS = 1 << 16
 """On a CPU rows are drawn in passes whose intermediates stay in its second-level cache."""
 
@@ -92,16 +94,26 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Chosen]:
     edited = _edited(logits, rows)
     tokens = _best(edited) if any(row.params.temperature <= 0 for row in rows) else [0] * len(rows)
     drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0]
-    for part in _passes(drawn, logits):
-        found = _draw(edited[part], [rows[index] for index in part])
-        for index, token in zip(part, found, strict=True):
+    for run, part in _passes(_part(edited, drawn)) if drawn else ():
+        found = _draw(part, [rows[index] for index in drawn[run]])
+        for index, token in zip(drawn[run], found, strict=True):
             tokens[index] = token
     return _chosen(logits, rows, tokens)
 
 
-def _passes(drawn: list[int], logits: torch.Tensor) -> Iterator[list[int]]:
-    size = max(1, _ENTRIES_PER_PASS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(drawn))
-    return (drawn[start : start + size] for start in range(0, len(drawn), size))
+def _part(logits: torch.Tensor, indices: list[int]) -> torch.Tensor:
+    """Return some of the rows, ascending; neighbours are not copied."""
+    is_run = indices[-1] - indices[0] == len(indices) - 1
+    return logits[indices[0] : indices[-1] + 1] if is_run else logits[indices]
+
+
+def _passes(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield all of the rows, a few at a time: which, and their logits."""
+    num_rows, vocab = logits.shape
+    most = max(1, _ENTRIES_PER_PASS // vocab) if logits.device.type == "cpu" else num_rows
+    for start in range(0, num_rows, most):
+        run = slice(start, start + most)
+        yield run, logits[run]
 
 
 def _best(logits: torch.Tensor) -> list[int]:
@@ -114,11 +126,13 @@ def _best(logits: torch.Tensor) -> list[int]:
 
 def _edited(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Return the logits after bias, penalties and the minimum length; a copy only if a row asks for any."""
-    indices = [index for index, row in enumerate(rows) if _has_edits(row)]
-    if indices:
-        logits = logits.clone()
-    for index in indices:
-        _edit(logits[index], rows[index])
+    if not any(_has_edits(row) for row in rows):
+        return logits
+    logits = logits.clone(memory_format=torch.contiguous_format)
+    _add_bias(logits, rows)
+    _weaken_seen(logits, rows)
+    _subtract_penalties(logits, rows)
+    _forbid_ends(logits, rows)
     return logits
 
 
@@ -133,28 +147,67 @@ def _has_edits(row: SamplingRow) -> bool:
     )
 
 
-def _edit(logits: torch.Tensor, row: SamplingRow) -> None:
-    """Apply bias, penalties and the minimum length to one row, in place."""
-    params, device = row.params, logits.device
-    if params.logit_bias:
-        biased, addends = zip(*params.logit_bias, strict=True)
-        logits.index_add_(
-            0, torch.tensor(biased, device=device), torch.tensor(addends, dtype=logits.dtype, device=device)
-        )
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt, *row.output}), device=device)
-        found = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(found > 0, found / penalty, found * penalty)
-    if row.output and (params.presence_penalty or params.frequency_penalty):
-        counts = Counter(row.output)
-        ids = torch.tensor(list(counts), device=device)
-        amounts = torch.tensor(list(counts.values()), dtype=logits.dtype, device=device)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * amounts
-    if len(row.output) < params.min_tokens:
-        forbidden = sorted(row.eos_token_ids | set(params.stop_token_ids))
-        if forbidden:
-            logits[torch.tensor(forbidden, device=device)] = -math.inf
+def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    biased = {index: row.params.logit_bias for index, row in enumerate(rows) if row.params.logit_bias}
+    if biased:
+        places = _places({index: [token for token, _ in pairs] for index, pairs in biased.items()}, logits)
+        addends = _like([addend for pairs in biased.values() for _, addend in pairs], logits)
+        logits.view(-1).index_add_(0, torch.from_numpy(places).to(logits.device), addends)
+
+
+def _weaken_seen(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Apply the repetition penalties."""
+    seen = {index: (*row.prompt, *row.output) for index, row in enumerate(rows) if row.params.repetition_penalty != 1.0}
+    if not seen:
+        return
+    places = torch.from_numpy(_places(seen, logits)).to(logits.device)
+    penalties = _like(
+        np.repeat([rows[index].params.repetition_penalty for index in seen], [len(tokens) for tokens in seen.values()]),
+        logits,
+    )
+    flat = logits.view(-1)
+    found = flat[places]
+    # A token seen twice is written twice, with the same value.
+    flat[places] = torch.where(found > 0, found / penalties, found * penalties)
+
+
+def _subtract_penalties(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Apply the presence and frequency penalties."""
+    generated = {
+        index: row.output
+        for index, row in enumerate(rows)
+        if row.params.presence_penalty or row.params.frequency_penalty
+    }
+    if not generated:
+        return
+    places, counts = np.unique(_places(generated, logits), return_counts=True)
+    of_row = places // logits.shape[-1]
+    presence, frequency = (
+        _like(np.array([getattr(row.params, name) for row in rows])[of_row], logits)
+        for name in ("presence_penalty", "frequency_penalty")
+    )
+    logits.view(-1)[torch.from_numpy(places).to(logits.device)] -= presence + frequency * _like(counts, logits)
+
+
+def _forbid_ends(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Forbid what ends an answer in rows below their minimum length."""
+    ends = {
+        index: (*row.eos_token_ids, *row.params.stop_token_ids)
+        for index, row in enumerate(rows)
+        if len(row.output) < row.params.min_tokens
+    }
+    if ends:
+        logits.view(-1)[torch.from_numpy(_places(ends, logits)).to(logits.device)] = -math.inf
+
+
+def _places(tokens: Mapping[int, Sequence[int]], logits: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Return where the tokens of rows lie in the flattened logits, row after row."""
+    vocab = logits.shape[-1]
+    return np.concatenate([np.array(ids, dtype=np.int64) + index * vocab for index, ids in tokens.items()])
+
+
+def _like(values: npt.ArrayLike, logits: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(logits.device)
 
 
 def _draw(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
@@ -180,7 +233,7 @@ def _is_cut(params: SamplingParams) -> bool:
 def _draw_among_best(draws: _Draws, indices: list[int]) -> dict[int, int]:
     """Draw for those of the rows whose kept tokens are surely among the best few: index to token."""
     params, size = draws.params, min(_CANDIDATES, draws.values.shape[-1])
-    values, ids = torch.topk(draws.values, size)
+    values, ids = _top(draws.values, size)
     floors = _cut_floors(values, draws.mass(), params)
     # A floor that equals the last candidate may have equals beyond it, and so may a top-k that takes them all.
     is_below = (floors > values[:, -1:]).squeeze(-1).tolist()
@@ -263,15 +316,35 @@ def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
 def _chosen(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: list[int]) -> list[Chosen]:
     """Attach log-probabilities to the rows that asked for them."""
     chosen = [Chosen(token_id=token) for token in tokens]
+    asked: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
-        num_top = row.params.logprobs
-        if num_top is None:
-            continue
-        logprobs = torch.log_softmax(logits[index].float(), dim=-1)
-        values, ids = torch.topk(logprobs, min(num_top, logprobs.numel()))
-        chosen[index] = Chosen(
-            token_id=tokens[index],
-            logprob=float(logprobs[tokens[index]]),
-            top_logprobs=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
-        )
+        if row.params.logprobs is not None:
+            asked.setdefault(row.params.logprobs, []).append(index)
+    # Rows of one count together: which of equally likely tokens are told must not depend on the company.
+    for num_top, indices in asked.items():
+        of_asked = _part(logits, indices)
+        own = torch.tensor([[tokens[index]] for index in indices], device=logits.device)
+        ids = torch.cat([own, _top(of_asked, min(num_top, logits.shape[-1]))[1]], dim=-1)
+        found = torch.cat([torch.log_softmax(part, dim=-1).gather(-1, ids[run]) for run, part in _passes(of_asked)])
+        for index, told, values in zip(indices, ids.tolist(), found.tolist(), strict=True):
+            top = tuple(zip(told[1:], values[1:], strict=True))
+            chosen[index] = Chosen(token_id=told[0], logprob=values[0], top_logprobs=top)
     return chosen
+
+
+def _top(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `torch.topk` does for few of many, except for the order of equals.
+
+    The best `count` values lie in the `count` spans that have the best maxima: 5 of 49k are found in a sixth of
+    the time, 64 in less than half.
+    """
+    num_rows, width = values.shape
+    if not count:
+        return values[:, :0], torch.empty((num_rows, 0), dtype=torch.long, device=values.device)
+    if width % _SPAN or count * _SPAN > width:
+        return torch.topk(values, count)
+    spans = values.contiguous().view(num_rows, width // _SPAN, _SPAN)
+    best_spans = torch.topk(spans.amax(-1), count).indices
+    candidates = spans.gather(1, best_spans.unsqueeze(-1).expand(-1, -1, _SPAN)).flatten(1)
+    found, places = torch.topk(candidates, count)
+    return found, best_spans.gather(1, places // _SPAN) * _SPAN + places % _SPAN
