@@ -67,6 +67,26 @@ inline I8 add_products(I8 acc, I8 a, I8 b) {
 #endif
 }
 
+// acc + the products of unsigned bytes with signed ones: of 4 bytes for each int32, or of 2 for each int16 where there
+// is no instruction for it; `finished` makes int32 of it. Without that instruction the sums must stay below 32768.
+inline I8 add_byte_products(I8 acc, I8 unsigned_bytes, I8 signed_bytes) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(acc, unsigned_bytes, signed_bytes);
+#elif defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(acc, unsigned_bytes, signed_bytes);
+#else
+    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(unsigned_bytes, signed_bytes));
+#endif
+}
+
+inline I8 finished(I8 byte_products) {
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+    return byte_products;
+#else
+    return _mm256_madd_epi16(byte_products, _mm256_set1_epi16(1));
+#endif
+}
+
 // exp for x <= 88, 2 ulp; 0 below -87.3.
 inline F8 exp(F8 x) {
     const F8 low = all(-87.33f);

@@ -40,7 +40,7 @@ private:
 // Input rows of a linear layer, ready for the products of its format.
 struct Rows {
     float* values;   // [rows, in_size], normalised
-    int16_t* codes;  // [rows, in_size], round(value / scale)
+    int16_t* codes;  // [rows, in_size], round(value / scale); int8_t where the layer says so
     float* scales;   // [rows, in_size / 32]
     float* sums;     // [rows, in_size / 32], scale * sum of codes
 };

@@ -23,6 +23,8 @@ struct Linear {
     int32_t target;      // buffer
     int32_t on_samples;  // input rows are those whose logits are wanted
     float norm_eps;
+    int32_t input_bits;  // 16, or 8 for int4 weights: what inputs are rounded to
+    int32_t padding;
     const float* norm_weight;  // [in_size], or null: no normalisation of the input
     const float* bias;         // [out_size], or null
     const void* panels;

@@ -47,6 +47,8 @@ class Linear(ctypes.Structure):
         ("target", _I32),
         ("on_samples", _I32),
         ("norm_eps", _F32),
+        ("input_bits", _I32),
+        ("padding", _I32),
         ("norm_weight", _POINTER),
         ("bias", _POINTER),
         ("panels", _POINTER),

@@ -63,6 +63,7 @@ class Program:
         epilogue: Epilogue = Epilogue.STORE,
         norm: tuple[torch.Tensor, float] | None = None,
         bias: torch.Tensor | None = None,
+        input_bits: int = 16,
     ) -> None:
         """Multiply: `target = epilogue(norm(source) @ weight.T + bias)`.
 
@@ -73,6 +74,7 @@ class Program:
             epilogue: Store, add, or gate.
             norm: Weight `[in]`, fp32, and epsilon of the normalisation of the input.
             bias: `[out]`, fp32, in the order of the panels.
+            input_bits: What the inputs of int4 weights are rounded to, 16 or 8; the other formats take no notice.
         """
         self._append(
             abi.Kind.LINEAR,
@@ -85,6 +87,7 @@ class Program:
                 target=target,
                 on_samples=target is Buffer.LOGITS,
                 norm_eps=norm[1] if norm else 0.0,
+                input_bits=input_bits,
                 norm_weight=self._keep(norm[0]) if norm else None,
                 bias=self._keep(bias),
                 panels=self._keep(panels.data),

@@ -62,7 +62,12 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
-_DTYPES = {Dtype.AUTO: torch.bfloat16, Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
+_DTYPES = {
+    Dtype.AUTO: torch.bfloat16,
+    Dtype.FP32: torch.float32,
+    Dtype.BF16: torch.bfloat16,
+    Dtype.INT8: torch.bfloat16,
+}
 
 
 def run(args: ServeArgs) -> int:
@@ -101,8 +106,13 @@ def build_machine(config: WorkerConfig) -> Machine:
     """
     cores = Cores(config.threads, config.shared_cores)
     device = torch.device(config.device)
-    quantised = config.dtype is Dtype.AUTO
-    model = load_model(config.model, dtype=_DTYPES[config.dtype], device=device, quantised=quantised)
+    model = load_model(
+        config.model,
+        dtype=_DTYPES[config.dtype],
+        device=device,
+        quantised=config.dtype in {Dtype.AUTO, Dtype.INT8},
+        input_bits=8 if config.dtype is Dtype.INT8 else 16,
+    )
     layout = model.kv_layout(config.block_tokens)
     num_blocks = config.kv_memory_bytes // layout.block_bytes
     if num_blocks < 1:

@@ -13,6 +13,7 @@ from headrace.engine.models.loader import Model, load_model
 from headrace.engine.models.native import NativeDecoder, can_run
 from headrace.engine.models.safetensors import SafetensorsFolder
 from headrace.engine.runner import ModelRunner
+from headrace.errors import ConfigError
 from headrace.testing.prompts import PROMPTS
 
 pytestmark = pytest.mark.cpu
@@ -149,9 +150,9 @@ def test_every_kind_of_grid_is_read_bit_by_bit(kind, tmp_path, real):
 
 def test_the_quantised_model_keeps_nearer_to_fp32_than_bf16_does(smollm2_path, oracle):
     errors = {}
-    for name, quantised in (("grid", True), ("bf16", False)):
-        model = load_model(smollm2_path, dtype=torch.bfloat16, device=CPU, quantised=quantised)
-        assert model.is_quantised is quantised
+    for name, options in (("grid", {"quantised": True}), ("bf16", {}), ("int8", {"quantised": True, "input_bits": 8})):
+        model = load_model(smollm2_path, dtype=torch.bfloat16, device=CPU, **options)
+        assert model.is_quantised is (name != "bf16")
         runner = ModelRunner(model, KvArena(model.kv_layout(), 8, CPU))
         differences = []
         for text in PROMPTS[:6]:
@@ -162,6 +163,7 @@ def test_the_quantised_model_keeps_nearer_to_fp32_than_bf16_does(smollm2_path, o
         errors[name] = torch.cat(differences)
     assert errors["grid"].mean() < errors["bf16"].mean()
     assert errors["grid"].max() < 0.15
+    assert errors["bf16"].mean() < errors["int8"].mean() < 0.15
 
 
 def test_a_model_whose_sizes_do_not_fit_takes_the_plain_path(tmp_path):
@@ -169,3 +171,18 @@ def test_a_model_whose_sizes_do_not_fit_takes_the_plain_path(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert not can_run(SafetensorsFolder(tmp_path).spec)
     assert not load_model(tmp_path, dtype=torch.bfloat16, device=CPU, quantised=True).is_quantised
+
+
+def test_int8_inputs_are_refused_where_they_cannot_be_had(tmp_path, smollm2_path):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="no such weights"):
+        load_model(tmp_path, dtype=torch.bfloat16, device=CPU, quantised=True, input_bits=8)
+    with pytest.raises(ConfigError, match="int8"):
+        load_model(smollm2_path, dtype=torch.float32, device=CPU, quantised=True, input_bits=8)
+
+
+def test_workers_that_round_inputs_differently_share_no_blocks(smollm2_path):
+    models = [
+        load_model(smollm2_path, dtype=torch.bfloat16, device=CPU, quantised=True, input_bits=bits) for bits in (8, 16)
+    ]
+    assert len({model.fingerprint(model.kv_layout()) for model in models}) == 2

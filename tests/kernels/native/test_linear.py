@@ -158,3 +158,37 @@ def test_a_normalised_buffer_is_added(run):
     program.norm_add(Buffer.PROJECTED, Buffer.HIDDEN, weight, 1e-6)
     run(program, {Buffer.PROJECTED: x, Buffer.HIDDEN: total}, num_rows=5)
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-6)
+
+
+def rounded(x):
+    """Inputs on the int8 grid: a scale per row and 32 inputs."""
+    blocks = x.double().view(x.shape[0], -1, 32)
+    scales = blocks.abs().amax(2, keepdim=True).float().double() / 127
+    return torch.where(scales > 0, (blocks / scales).round() * scales, 0.0).view_as(x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 31, 200])
+@pytest.mark.parametrize("size", [(16, 32), (48, 96), (33, 64), (7, 160), (96, 576), (32, 1536)])
+def test_int8_inputs_meet_int4_weights_exactly(size, rows, run):
+    weight, x = random_weight("int4", *size), torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
+    found = multiply(run, weight, x, input_bits=8)
+    # fp32 may round an input that lies between two codes to the other one.
+    spare = (x.abs().amax() / 127 * 1e-3) * dense(weight).abs().sum(1) + 1e-4
+    assert ((found.double() - rounded(x) @ dense(weight).T).abs() <= spare).all()
+    assert not found.equal(multiply(run, weight, x))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_the_largest_int8_products_do_not_overflow(rows, run):
+    weight, x = random_weight("int4", 32, 96), torch.ones(rows, 96)
+    weight.codes.fill_(15)
+    for sign in (1, -1):
+        found = multiply(run, weight, sign * x, input_bits=8)
+        torch.testing.assert_close(found.double(), sign * x.double() @ dense(weight).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_other_weights_take_no_notice_of_the_inputs_bits(form, rows, run):
+    weight, x = random_weight(form, 48, 96), torch.randn(rows, 96)
+    assert multiply(run, weight, x, input_bits=8).equal(multiply(run, weight, x))

@@ -29,6 +29,7 @@ class Model:
         dtype: Dtype of KV, and of weights and activations unless the decoder has finer ones.
         device: Where it computes.
         is_quantised: Whether weights are in the quantised grid of the files.
+        input_bits: What the inputs of quantised layers are rounded to: 16, finer than bf16, or 8.
     """
 
     spec: ModelSpec
@@ -37,6 +38,7 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     is_quantised: bool = False
+    input_bits: int = 16
 
     def kv_layout(self, block_tokens: int = 16) -> KvLayout:
         """Return the form of its KV blocks."""
@@ -50,10 +52,13 @@ class Model:
 
     def fingerprint(self, layout: KvLayout) -> str:
         """Return the digest of weights, layout, dtype and kernels; reads the files."""
-        return fingerprint(self.files, layout, "grid" if self.is_quantised else DTYPE_NAMES[self.dtype])
+        weights = f"grid, {self.input_bits}-bit inputs" if self.is_quantised else DTYPE_NAMES[self.dtype]
+        return fingerprint(self.files, layout, weights)
 
 
-def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, quantised: bool = False) -> Model:
+def load_model(
+    path: Path, *, dtype: torch.dtype, device: torch.device, quantised: bool = False, input_bits: int = 16
+) -> Model:
     """Load a model.
 
     On a CPU without bf16 instructions, and for quantised weights on any CPU, the C++ kernels compute where they
@@ -65,19 +70,39 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device, quantise
         device: Where weights go.
         quantised: Whether weights stay in the quantised grid of the files, if they have one and the device has
             kernels for it; takes less memory and time than bf16 and rounds nothing.
+        input_bits: 16, or 8 to round the inputs of quantised layers that bear it to int8: faster and coarser.
 
     Raises:
-        ConfigError: The path holds no model that can be served; the message says what was found.
+        ConfigError: The path holds no model that can be served, or inputs cannot be rounded to int8 here; the
+            message says what was found.
     """
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"wanted dtype {' or '.join(DTYPE_NAMES.values())}; found {dtype}", field="dtype")
     source, files = _open(path)
     is_native = dtype == torch.bfloat16 and device.type == "cpu" and can_run(source.spec)
     is_quantised = is_native and quantised and source.has_grid
+    if input_bits == 8 and not is_quantised:
+        raise ConfigError(
+            f"int8 inputs need weights in a quantised grid and the C++ kernels; found "
+            f"{'no kernels for this model on this machine' if source.has_grid else 'no such weights'}",
+            field="dtype",
+        )
     if is_quantised or (is_native and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        native = NativeDecoder(source.spec, source, quantised=is_quantised, most_threads=torch.get_num_threads())
+        native = NativeDecoder(
+            source.spec,
+            source,
+            quantised=is_quantised,
+            most_threads=torch.get_num_threads(),
+            input_bits=input_bits,
+        )
         return Model(
-            spec=source.spec, decoder=native, files=files, dtype=dtype, device=device, is_quantised=is_quantised
+            spec=source.spec,
+            decoder=native,
+            files=files,
+            dtype=dtype,
+            device=device,
+            is_quantised=is_quantised,
+            input_bits=input_bits,
         )
     decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
     return Model(spec=source.spec, decoder=decoder, files=files, dtype=dtype, device=device)

@@ -25,7 +25,9 @@ def can_run(spec: ModelSpec) -> bool:
 class NativeDecoder:
     """The same computation as `headrace.engine.models.decoder.Decoder`, one library call per layer."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool, most_threads: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, source: WeightSource, *, quantised: bool, most_threads: int, input_bits: int = 16
+    ) -> None:
         """Read and pack all weights.
 
         Args:
@@ -33,6 +35,8 @@ class NativeDecoder:
             source: Its weights.
             quantised: Whether weights stay in the grid of the file where it has one; else they become bf16.
             most_threads: Threads to start.
+            input_bits: What the inputs of int4 weights are rounded to, 16 or 8. Queries, keys and values always get
+                16: more than half of what 8 would add to the error comes from them.
 
         Raises:
             ConfigError: A weight is missing or has another shape.
@@ -41,7 +45,7 @@ class NativeDecoder:
         self._spec = spec
         self._machine = native.Machine(most_threads)
         self._all_threads = lambda: most_threads
-        builder = _Builder(spec, source, quantised=quantised)
+        builder = _Builder(spec, source, quantised=quantised, input_bits=input_bits)
         self._program = builder.build()
         self._operations = self._program.operations()
         self._layer_ends = builder.layer_ends
@@ -100,8 +104,9 @@ class NativeDecoder:
 class _Builder:
     """Writes the program of a model, layer by layer, in the order of `decoder.py`."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool) -> None:
+    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool, input_bits: int) -> None:
         self._spec = spec
+        self._input_bits = input_bits
         self._source = source
         self._quantised = quantised
         self._program = native.Program()
@@ -168,6 +173,7 @@ class _Builder:
             epilogue=_GATES[spec.activation],
             norm=self._norm("mlp_norm", index),
             bias=bias,
+            input_bits=self._input_bits,
         )
         down = self._weights({"down": spec.hidden_size}, spec.mlp_size, index)
         bias = self._bias("down", spec.hidden_size, index) if spec.has_mlp_bias else None
@@ -176,9 +182,11 @@ class _Builder:
     def _add(self, panels: Panels, source: Buffer, bias: torch.Tensor | None, post_norm: str, index: int) -> None:
         """Project and add to the residual, through a norm in models with post norms."""
         if not self._spec.architecture.has_post_norms:
-            self._program.linear(panels, source, Buffer.HIDDEN, epilogue=abi.Epilogue.ADD, bias=bias)
+            self._program.linear(
+                panels, source, Buffer.HIDDEN, epilogue=abi.Epilogue.ADD, bias=bias, input_bits=self._input_bits
+            )
             return
-        self._program.linear(panels, source, Buffer.PROJECTED, bias=bias)
+        self._program.linear(panels, source, Buffer.PROJECTED, bias=bias, input_bits=self._input_bits)
         self._program.norm_add(Buffer.PROJECTED, Buffer.HIDDEN, *self._norm(post_norm, index))
 
     def _norm(self, name: str, layer: int | None = None, size: int | None = None) -> tuple[torch.Tensor, float]:
