@@ -196,9 +196,9 @@ PARAMS = st.fixed_dictionaries(
         "top_k": st.sampled_from([None, 1, 7, 64, 90, 5000]),
         "top_p": st.sampled_from([1.0, 0.99, 0.5]),
         "min_p": st.sampled_from([0.0, 0.05]),
-        "repetition_penalty": st.sampled_from([1.0, 1.3]),
-        "presence_penalty": st.sampled_from([0.0, -0.6]),
-        "frequency_penalty": st.sampled_from([0.0, 0.4]),
+        "repetition_penalty": st.sampled_from([1.0, 1.6]),
+        "presence_penalty": st.sampled_from([0.0, -1.2]),
+        "frequency_penalty": st.sampled_from([0.0, 0.9]),
         "logit_bias": st.dictionaries(TOKEN_IDS, st.floats(-9, 9, width=16), max_size=3).map(
             lambda bias: tuple(bias.items())
         ),
@@ -210,7 +210,7 @@ PARAMS = st.fixed_dictionaries(
         "choice": st.integers(0, 3),
         "prompt": st.lists(TOKEN_IDS, min_size=1, max_size=9).map(tuple),
         # Few kinds of tokens, so that some come often.
-        "output": st.lists(st.integers(0, 5), max_size=6).map(tuple),
+        "output": st.lists(st.integers(0, 5), max_size=12).map(tuple),
     }
 )
 
