@@ -32,9 +32,11 @@ class Panels:
         out_size: Outputs.
         in_size: Inputs.
         data: The panels, bytes.
+        input_bits: What the inputs of int4 weights are rounded to, 16 or 8; other formats take no notice.
     """
 
-    def __init__(self, weight: Grid | torch.Tensor) -> None:
+    def __init__(self, weight: Grid | torch.Tensor, input_bits: int = 16) -> None:
+        self.input_bits = input_bits
         self.format = weight.format if isinstance(weight, Grid) else abi.Format.BF16
         self.out_size, self.in_size = weight.codes.shape if isinstance(weight, Grid) else weight.shape
         self.data = pack(weight)
@@ -63,7 +65,6 @@ class Program:
         epilogue: Epilogue = Epilogue.STORE,
         norm: tuple[torch.Tensor, float] | None = None,
         bias: torch.Tensor | None = None,
-        input_bits: int = 16,
     ) -> None:
         """Multiply: `target = epilogue(norm(source) @ weight.T + bias)`.
 
@@ -74,7 +75,6 @@ class Program:
             epilogue: Store, add, or gate.
             norm: Weight `[in]`, fp32, and epsilon of the normalisation of the input.
             bias: `[out]`, fp32, in the order of the panels.
-            input_bits: What the inputs of int4 weights are rounded to, 16 or 8; the other formats take no notice.
         """
         self._append(
             abi.Kind.LINEAR,
@@ -87,7 +87,7 @@ class Program:
                 target=target,
                 on_samples=target is Buffer.LOGITS,
                 norm_eps=norm[1] if norm else 0.0,
-                input_bits=input_bits,
+                input_bits=panels.input_bits,
                 norm_weight=self._keep(norm[0]) if norm else None,
                 bias=self._keep(bias),
                 panels=self._keep(panels.data),

@@ -40,10 +40,10 @@ def limit(x, weight):
     return (blocks / 2).repeat_interleave(32, dim=1) @ dense(weight).abs().T + products + 1e-30
 
 
-def multiply(run, weight, x, *, threads=3, target=None, **options):
+def multiply(run, weight, x, *, threads=3, target=None, input_bits=16, **options):
     out = torch.full((x.shape[0], dense(weight).shape[0]), torch.nan) if target is None else target
     program = Program()
-    program.linear(Panels(weight), Buffer.ATTENDED, Buffer.QKV, **options)
+    program.linear(Panels(weight, input_bits), Buffer.ATTENDED, Buffer.QKV, **options)
     run(program, {Buffer.ATTENDED: x, Buffer.QKV: out}, num_rows=x.shape[0], threads=threads)
     return out
 

@@ -157,7 +157,7 @@ class _Builder:
         )
         output = self._weights({"output": spec.hidden_size}, q_size, index)
         bias = self._biases({"output": spec.hidden_size}, index) if spec.has_output_bias else None
-        self._add(Panels(output), Buffer.ATTENDED, bias, "attention_post_norm", index)
+        self._add(Panels(output, self._input_bits), Buffer.ATTENDED, bias, "attention_post_norm", index)
 
     def _mlp(self, index: int) -> None:
         spec = self._spec
@@ -167,26 +167,23 @@ class _Builder:
         if spec.has_mlp_bias:
             bias = native.interleave(self._bias("gate", spec.mlp_size, index), self._bias("up", spec.mlp_size, index))
         self._program.linear(
-            Panels(_gated(gate, up)),
+            Panels(_gated(gate, up), self._input_bits),
             Buffer.HIDDEN,
             Buffer.GATED,
             epilogue=_GATES[spec.activation],
             norm=self._norm("mlp_norm", index),
             bias=bias,
-            input_bits=self._input_bits,
         )
         down = self._weights({"down": spec.hidden_size}, spec.mlp_size, index)
         bias = self._bias("down", spec.hidden_size, index) if spec.has_mlp_bias else None
-        self._add(Panels(down), Buffer.GATED, bias, "mlp_post_norm", index)
+        self._add(Panels(down, self._input_bits), Buffer.GATED, bias, "mlp_post_norm", index)
 
     def _add(self, panels: Panels, source: Buffer, bias: torch.Tensor | None, post_norm: str, index: int) -> None:
         """Project and add to the residual, through a norm in models with post norms."""
         if not self._spec.architecture.has_post_norms:
-            self._program.linear(
-                panels, source, Buffer.HIDDEN, epilogue=abi.Epilogue.ADD, bias=bias, input_bits=self._input_bits
-            )
+            self._program.linear(panels, source, Buffer.HIDDEN, epilogue=abi.Epilogue.ADD, bias=bias)
             return
-        self._program.linear(panels, source, Buffer.PROJECTED, bias=bias, input_bits=self._input_bits)
+        self._program.linear(panels, source, Buffer.PROJECTED, bias=bias)
         self._program.norm_add(Buffer.PROJECTED, Buffer.HIDDEN, *self._norm(post_norm, index))
 
     def _norm(self, name: str, layer: int | None = None, size: int | None = None) -> tuple[torch.Tensor, float]:
