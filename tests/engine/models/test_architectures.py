@@ -11,6 +11,7 @@ from headrace.engine.batch import Batch, batch_item
 from headrace.engine.models.loader import load_model
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
+from headrace.testing.architectures import tiny_configs
 
 pytestmark = pytest.mark.cpu
 
@@ -34,26 +35,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-LOCAL = {"rope_type": "default", "rope_theta": 100.0}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+CONFIGS = tiny_configs(SIZES) | {
     "llama3 rope": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3),
     "linear rope": transformers.LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
-    ),
-    "qwen2": transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SIZES),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=9),
-    "gemma": transformers.GemmaConfig(**SIZES),
-    "gemma2": transformers.Gemma2Config(
-        **SIZES, sliding_window=9, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20
-    ),
-    "gemma3": transformers.Gemma3TextConfig(
-        **SIZES,
-        sliding_window=9,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={"full_attention": LOCAL | {"rope_theta": 5000.0}, "sliding_attention": LOCAL},
     ),
 }
 

@@ -14,6 +14,7 @@ from headrace.engine.models.native import NativeDecoder, can_run
 from headrace.engine.models.safetensors import SafetensorsFolder
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
+from headrace.testing.architectures import tiny_configs
 from headrace.testing.prompts import PROMPTS
 
 pytestmark = pytest.mark.cpu
@@ -31,24 +32,7 @@ SIZES = {
     "head_dim": 16,
     "max_position_embeddings": 128,
 }
-LOCAL = {"rope_type": "default", "rope_theta": 100.0}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "qwen2": transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}, tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SIZES),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=9),
-    "gemma": transformers.GemmaConfig(**SIZES),
-    "gemma2": transformers.Gemma2Config(
-        **SIZES, sliding_window=9, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, query_pre_attn_scalar=20
-    ),
-    "gemma3": transformers.Gemma3TextConfig(
-        **SIZES,
-        sliding_window=9,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        rope_parameters={"full_attention": LOCAL | {"rope_theta": 5000.0}, "sliding_attention": LOCAL},
-    ),
-}
+CONFIGS = tiny_configs(SIZES)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
