@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace_kernels import native
-from headrace_kernels.native import Buffer, abi
+from headrace_kernels.native import Buffer, Grid, abi
 from headrace_kernels.native.machine import buffers
 
 THREADS = 3
@@ -36,3 +36,25 @@ def run(machine):
         assert ctypes.sizeof(operations) == len(program) * ctypes.sizeof(abi.Op)
 
     return run_program
+
+
+def random_weight(form, out_size, in_size, seed=0):
+    """A weight in one of the forms: a grid, or a tensor that bf16 holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    if form == "bf16":
+        return torch.randn(out_size, in_size, generator=generator).to(torch.bfloat16).float()
+    low, high = (0, 16) if form == "int4" else (-128, 128)
+    shape = (out_size, in_size // 32)
+    scales = (torch.rand(shape, generator=generator) + 0.1).to(torch.float16) / 8
+    return Grid(
+        codes=torch.randint(low, high, (out_size, in_size), generator=generator).to(
+            torch.uint8 if form == "int4" else torch.int8
+        ),
+        scales=scales,
+        minima=-torch.rand(shape, generator=generator).to(torch.float16) if form == "int4" else None,
+    )
+
+
+@pytest.fixture(name="random_weight", scope="session")
+def random_weight_fixture():
+    return random_weight

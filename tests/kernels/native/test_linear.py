@@ -11,22 +11,6 @@ from headrace_kernels.native.machine import Panels, Program
 FORMATS = ["int4", "int8", "bf16"]
 
 
-def random_weight(form, out_size, in_size, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    if form == "bf16":
-        return torch.randn(out_size, in_size, generator=generator).to(torch.bfloat16).float()
-    low, high = (0, 16) if form == "int4" else (-128, 128)
-    shape = (out_size, in_size // 32)
-    scales = (torch.rand(shape, generator=generator) + 0.1).to(torch.float16) / 8
-    return Grid(
-        codes=torch.randint(low, high, (out_size, in_size), generator=generator).to(
-            torch.uint8 if form == "int4" else torch.int8
-        ),
-        scales=scales,
-        minima=-torch.rand(shape, generator=generator).to(torch.float16) if form == "int4" else None,
-    )
-
-
 def dense(weight):
     return (weight.dequantise() if isinstance(weight, Grid) else weight).double()
 
@@ -51,14 +35,14 @@ def multiply(run, weight, x, *, threads=3, target=None, input_bits=16, **options
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 31, 200])
 @pytest.mark.parametrize("size", [(16, 32), (48, 96), (33, 64), (7, 160), (96, 576)])
 @pytest.mark.parametrize("form", FORMATS)
-def test_products_equal_those_in_fp64(form, size, rows, run):
+def test_products_equal_those_in_fp64(form, size, rows, random_weight, run):
     weight, x = random_weight(form, *size), torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
     found = multiply(run, weight, x)
     assert ((found.double() - x.double() @ dense(weight).T).abs() <= limit(x, weight)).all()
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_more_rows_than_fit_into_the_cache_at_once(form, run):
+def test_more_rows_than_fit_into_the_cache_at_once(form, random_weight, run):
     weight, x = random_weight(form, 32, 1536), torch.randn(150, 1536)
     found = multiply(run, weight, x)
     assert ((found.double() - x.double() @ dense(weight).T).abs() <= limit(x, weight)).all()
@@ -66,13 +50,13 @@ def test_more_rows_than_fit_into_the_cache_at_once(form, run):
 
 @pytest.mark.parametrize("rows", [1, 6])
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_number_of_threads_changes_no_bit(form, rows, run):
+def test_the_number_of_threads_changes_no_bit(form, rows, random_weight, run):
     weight, x = random_weight(form, 80, 64), torch.randn(rows, 64)
     assert multiply(run, weight, x, threads=1).equal(multiply(run, weight, x, threads=3))
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_row_is_the_same_alone_and_among_others_of_its_path(form, run):
+def test_a_row_is_the_same_alone_and_among_others_of_its_path(form, random_weight, run):
     weight, x = random_weight(form, 48, 96), torch.randn(37, 96)
     whole = multiply(run, weight, x)
     assert whole[:9].equal(multiply(run, weight, x[:9].clone()))
@@ -81,7 +65,7 @@ def test_a_row_is_the_same_alone_and_among_others_of_its_path(form, run):
 
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_input_is_normalised_and_a_bias_added(form, rows, run):
+def test_the_input_is_normalised_and_a_bias_added(form, rows, random_weight, run):
     weight, x = random_weight(form, 40, 64), torch.randn(rows, 64) * 5
     norm, bias = torch.rand(64) + 0.5, torch.randn(48)
     normed = x.double() / (x.double().pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * norm
@@ -92,7 +76,7 @@ def test_the_input_is_normalised_and_a_bias_added(form, rows, run):
 
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("form", FORMATS)
-def test_products_are_added_to_what_was_there(form, rows, run):
+def test_products_are_added_to_what_was_there(form, rows, random_weight, run):
     weight, x, before = random_weight(form, 24, 64), torch.randn(rows, 64), torch.randn(rows, 24)
     found = multiply(run, weight, x, epilogue=Epilogue.ADD, target=before.clone())
     plain = multiply(run, weight, x)
@@ -118,7 +102,7 @@ def test_gates_open_their_ups(rows, epilogue, gate_of, run):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_only_sampled_rows_reach_the_logits(form, run):
+def test_only_sampled_rows_reach_the_logits(form, random_weight, run):
     weight, x = random_weight(form, 40, 32), torch.randn(12, 32)
     wanted_rows = torch.tensor([11, 0, 4, 5, 9, 2])
     out = torch.full((6, 40), torch.nan)
@@ -137,13 +121,13 @@ def test_only_sampled_rows_reach_the_logits(form, run):
 
 @pytest.mark.parametrize("form", ["int4", "int8"])
 @pytest.mark.parametrize("value", [0.0, 1e-39, 1e30, 3e-12])
-def test_inputs_of_any_magnitude_keep_their_precision(form, value, run):
+def test_inputs_of_any_magnitude_keep_their_precision(form, value, random_weight, run):
     weight, x = random_weight(form, 16, 64), torch.randn(3, 64) * value
     found = multiply(run, weight, x)
     assert ((found.double() - x.double() @ dense(weight).T).abs() <= limit(x, weight) + 1e-36).all()
 
 
-def test_a_block_of_large_inputs_does_not_coarsen_the_others(run):
+def test_a_block_of_large_inputs_does_not_coarsen_the_others(random_weight, run):
     weight, x = random_weight("int4", 16, 64), torch.randn(1, 64)
     x[:, :32] *= 1e5
     weight.codes[:, :32], weight.minima[:, :1] = 0, 0
@@ -169,7 +153,7 @@ def rounded(x):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 31, 200])
 @pytest.mark.parametrize("size", [(16, 32), (48, 96), (33, 64), (7, 160), (96, 576), (32, 1536)])
-def test_int8_inputs_meet_int4_weights_exactly(size, rows, run):
+def test_int8_inputs_meet_int4_weights_exactly(size, rows, random_weight, run):
     weight, x = random_weight("int4", *size), torch.randn(rows, size[1], generator=torch.Generator().manual_seed(rows))
     found = multiply(run, weight, x, input_bits=8)
     # fp32 may round an input that lies between two codes to the other one.
@@ -179,7 +163,7 @@ def test_int8_inputs_meet_int4_weights_exactly(size, rows, run):
 
 
 @pytest.mark.parametrize("rows", [1, 4, 9])
-def test_the_largest_int8_products_do_not_overflow(rows, run):
+def test_the_largest_int8_products_do_not_overflow(rows, random_weight, run):
     weight, x = random_weight("int4", 32, 96), torch.ones(rows, 96)
     weight.codes.fill_(15)
     for sign in (1, -1):
@@ -189,6 +173,6 @@ def test_the_largest_int8_products_do_not_overflow(rows, run):
 
 @pytest.mark.parametrize("form", ["int8", "bf16"])
 @pytest.mark.parametrize("rows", [1, 9])
-def test_other_weights_take_no_notice_of_the_inputs_bits(form, rows, run):
+def test_other_weights_take_no_notice_of_the_inputs_bits(form, rows, random_weight, run):
     weight, x = random_weight(form, 48, 96), torch.randn(rows, 96)
     assert multiply(run, weight, x, input_bits=8).equal(multiply(run, weight, x))
