@@ -1,7 +1,6 @@
 """How far each precision is from fp32: perplexity, divergence and agreement on a corpus that Python ships."""
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from headrace.cli.layout import bundled_model
 from headrace.core.block import BlockId
 from headrace.engine.arena import KvArena
-from headrace.engine.batch import batch_item
+from headrace.engine.batch import Batch, batch_item
 from headrace.engine.models.decoder import build_decoder
 from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.loader import Model, load_model
@@ -34,12 +33,12 @@ def logits_of(model: Model, windows: list[list[int]]) -> Iterator[torch.Tensor]:
     """Yield the logits after every token of each window."""
     arena = KvArena(model.kv_layout(), WINDOW // 16, CPU)
     runner = ModelRunner(model, arena)
+    table = [BlockId(i) for i in range(WINDOW // 16)]
     for window in windows:
-        item = batch_item(window, 0, [BlockId(i) for i in range(WINDOW // 16)], sample=True)
-        with torch.inference_mode():
-            inputs = runner._inputs((item,))
-            step = dataclasses.replace(inputs, sample_rows=torch.arange(len(window)))
-            yield model.decoder(step, arena.data).clone()
+        # An item per token, because a step gives the logits after the last token of each item; attention is thus
+        # that of decoding, the linear layers are those of a prompt.
+        items = (batch_item([token], place, table, sample=True) for place, token in enumerate(window))
+        yield runner.run(Batch(items=tuple(items))).clone()
 
 
 def plain(path: Path, dtype: torch.dtype) -> Model:
