@@ -57,6 +57,7 @@ def measure(num_tokens: int) -> None:
         "bf16, torch": plain(path, torch.bfloat16),
         "bf16 weights, native": load_model(path, dtype=torch.bfloat16, device=CPU),
         "auto: the file's grid, native": load_model(path, dtype=torch.bfloat16, device=CPU, quantised=True),
+        "int8: the grid, int8 inputs": load_model(path, dtype=torch.bfloat16, device=CPU, quantised=True, input_bits=8),
     }
     sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
     count = 0
