@@ -2,6 +2,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstdint>
@@ -65,6 +66,9 @@ private:
 
     // About a tenth of a millisecond: longer than the gap between two runs of one step.
     static constexpr int kSpins = 4000;
+    // Whoever else wants this core gets it from a thread that waits, and not from one that the others wait for:
+    // beside a program that keeps both cores busy a decode step takes a third of the time that it takes without.
+    static constexpr int kSpinsPerYield = 16;
 
     // Number of the round and its threads are one word: a helper that comes late, because the last
     // round was not for it, must not pair one with the other's.
@@ -93,6 +97,7 @@ private:
         for (int spin = 0; spin < kSpins; ++spin) {
             if (value.load(std::memory_order_acquire) != old) return;
             _mm_pause();
+            if (spin % kSpinsPerYield == kSpinsPerYield - 1) sched_yield();
         }
         value.wait(old, std::memory_order_acquire);
     }

@@ -128,6 +128,7 @@ def _web_server(
         app,
         host=config.host,
         port=config.http_port,
+        http="httptools",
         log_config=None,
         access_log=False,
         lifespan="off",
