@@ -1,5 +1,6 @@
 """Workers of one machine share its cores, and the kernel forgets those that died."""
 
+import select
 import subprocess
 import sys
 import time
@@ -13,13 +14,15 @@ PEER = """
 import sys
 from pathlib import Path
 from headrace.engine.cores import Cores
-cores = Cores(4, Path(sys.argv[1]))
+cores = Cores(4, Path(sys.argv[1]), comes_first=sys.argv[2] == "first", give_way=float("inf"))
 for line in sys.stdin:
     match line.strip():
         case "enter":
             cores.__enter__()
         case "leave":
             cores.__exit__(None, None, None)
+        case "rest":
+            cores.rest(1.0)
         case "turn":
             print(int(cores._take_turn(cores._file, 0.0)), flush=True)
             continue
@@ -30,8 +33,8 @@ for line in sys.stdin:
 class Peer:
     """Another worker of the machine, a real process: locks are per process."""
 
-    def __init__(self, path):
-        command = [sys.executable, "-c", PEER, str(path)]
+    def __init__(self, path, precedence):
+        command = [sys.executable, "-c", PEER, str(path), precedence]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def tell(self, what):
@@ -60,8 +63,8 @@ def cores(shared):
 def start(shared):
     peers = []
 
-    def start_peer():
-        peers.append(Peer(shared))
+    def start_peer(precedence="last"):
+        peers.append(Peer(shared, precedence))
         return peers[-1]
 
     yield start_peer
@@ -135,3 +138,38 @@ def test_seats_are_bounded(shared, start, monkeypatch):
     with pytest.raises(ConfigError, match="1 workers"):
         Cores(1, shared)
     assert MOST_SEATS == 256
+
+
+def rests(cores, peer):
+    """Return whether the cores are free for a moment while a peer rests after a step."""
+    peer.process.stdin.write("rest\n")
+    peer.process.stdin.flush()
+    found = False
+    while not found and not select.select([peer.process.stdout], [], [], 0)[0]:
+        found = cores.num_others() == 0
+    peer.process.stdout.readline()
+    return found
+
+
+def test_a_worker_rests_after_a_step_while_one_that_comes_first_computes(shared, start):
+    with Cores(4, shared, comes_first=True) as prompts:
+        peer = start()
+        peer.tell("enter")
+        assert prompts.share() == 2
+        assert rests(prompts, peer)
+        assert prompts.share() == 2
+        prompts.close()
+
+
+def test_nobody_rests_for_workers_that_do_not_come_first(cores, start):
+    peer = start()
+    peer.tell("enter")
+    with cores:
+        assert not rests(cores, peer)
+
+
+def test_nobody_rests_when_nobody_computes(shared, start):
+    prompts, peer = Cores(4, shared, comes_first=True), start()
+    peer.tell("enter")
+    assert not rests(prompts, peer)
+    prompts.close()

@@ -50,7 +50,7 @@ from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
-from headrace.worker.config import Dtype, Pack, WorkerConfig
+from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.lifetimes import Lifetimes
@@ -104,7 +104,12 @@ def build_machine(config: WorkerConfig) -> Machine:
     Raises:
         ConfigError: the model cannot be served or the memory holds no block.
     """
-    cores = Cores(config.threads, config.shared_cores)
+    cores = Cores(
+        config.threads,
+        config.shared_cores,
+        comes_first=config.role is WorkerRole.PREFILL,
+        give_way=config.give_way if config.role is WorkerRole.DECODE else 0.0,
+    )
     device = torch.device(config.device)
     model = load_model(
         config.model,

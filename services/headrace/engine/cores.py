@@ -18,6 +18,9 @@ MOST_SEATS = 256
 TURN_POLL_S = 0.02
 _TURN = 2 * MOST_SEATS
 """Byte behind those of the seats and of the computing."""
+_FIRST = _TURN + 1
+"""Bytes of those that compute and come first."""
+LONGEST_REST_S = 0.05
 _FLOCK = struct.Struct("hhqqi")
 """`struct flock` of 64-bit Linux: type, whence, start, length, pid."""
 
@@ -33,20 +36,30 @@ class Cores:
     2-core Zen 3, bf16, 2026-11-21, two workers at once, decode step / 128-token prompt: 42 / 440 ms
     with a core each, 53 / 488 ms with two threads each and sleeping barriers; one alone: 28 / 250 ms.
 
+    A user waits for the whole of a prompt, but reads an answer slower than it is made. So some workers come
+    first, and others rest after each step while one of those computes.
+
     Use it as a context while there is work, from one thread, the one that computes.
     """
 
-    def __init__(self, threads: int = 0, shared: Path | None = None) -> None:
+    def __init__(
+        self, threads: int = 0, shared: Path | None = None, *, comes_first: bool = False, give_way: float = 0.0
+    ) -> None:
         """Take a seat among the workers of this machine.
 
         Args:
             threads: Most threads; 0 takes what torch would.
             shared: File that all workers of this machine name; None shares with nobody.
+            comes_first: Whether others may give way to this worker.
+            give_way: How long this one rests after a step while a worker that comes first computes, in times of the
+                step.
 
         Raises:
             ConfigError: The file cannot be opened, or has no seat left.
         """
         self._most = threads or torch.get_num_threads()
+        self._comes_first = comes_first
+        self._give_way = give_way
         self._file: int | None = None
         if shared is not None:
             self._file, self._seat = _take_seat(shared)
@@ -60,7 +73,8 @@ class Cores:
     def __enter__(self) -> Self:
         """Begin to compute."""
         if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, MOST_SEATS + self._seat)
+            for byte in self._bytes():
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
         return self
 
     def __exit__(
@@ -68,7 +82,20 @@ class Cores:
     ) -> None:
         """End computing: the cores go to others."""
         if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, MOST_SEATS + self._seat)
+            for byte in self._bytes():
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)
+
+    def _bytes(self) -> tuple[int, ...]:
+        computing = MOST_SEATS + self._seat
+        return (computing, _FIRST + self._seat) if self._comes_first else (computing,)
+
+    def rest(self, step_s: float) -> None:
+        """Let the cores go for a while after a step, if a worker that comes first computes."""
+        if self._file is None or self._give_way <= 0 or not _num_locked(self._file, _FIRST):
+            return
+        self.__exit__(None, None, None)
+        time.sleep(min(LONGEST_REST_S, self._give_way * step_s))
+        self.__enter__()
 
     @contextmanager
     def turn(self, timeout_s: float) -> Iterator[None]:
@@ -101,16 +128,19 @@ class Cores:
 
     def num_others(self) -> int:
         """Return how many other workers compute now."""
-        if self._file is None:
-            return 0
-        count, start, end = 0, MOST_SEATS, 2 * MOST_SEATS
-        while start < end:
-            wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0)
-            kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(self._file, fcntl.F_GETLK, wanted))
-            if kind == fcntl.F_UNLCK:
-                break
-            count, start = count + 1, found + length
-        return count
+        return 0 if self._file is None else _num_locked(self._file, MOST_SEATS)
+
+
+def _num_locked(file: int, first: int) -> int:
+    """Return how many of the bytes of all seats from `first` on others have locked."""
+    count, start, end = 0, first, first + MOST_SEATS
+    while start < end:
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0)
+        kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+        if kind == fcntl.F_UNLCK:
+            break
+        count, start = count + 1, found + length
+    return count
 
 
 def _take_seat(path: Path) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 import logging
 import threading
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext
 
 from headrace.clock import Clock
+from headrace.engine.cores import Cores
 from headrace.engine.engine import Engine
 from headrace.engine.messages import Begin, EngineCommand, EngineStats, Failed, HoldWriter, Open, Pin
 from headrace.errors import Draining, HeadraceError, InternalError, Saturated
@@ -17,8 +17,6 @@ MAX_QUEUED_COMMANDS = 4096
 
 MAX_WAIT_S = 3600.0
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
-
 
 class EngineThread:
     """Runs an engine until stopped; commands are applied between steps, idling costs nothing.
@@ -26,13 +24,13 @@ class EngineThread:
     Args:
         engine: Used by this thread only, once started.
         clock: Bounds waits by the engine's next deadline.
-        computing: Entered on the thread while there is work, once after the other.
+        cores: Entered on the thread while there is work, and told of every step; None computes alone.
     """
 
-    def __init__(self, engine: Engine, clock: Clock, computing: AbstractContextManager[object] = _NOTHING) -> None:
+    def __init__(self, engine: Engine, clock: Clock, cores: Cores | None = None) -> None:
         self._engine = engine
         self._clock = clock
-        self._computing = computing
+        self._cores = cores or Cores()
         self._commands: deque[EngineCommand] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -94,10 +92,13 @@ class EngineThread:
     def _step_until_stopped(self) -> None:
         while self._wait():
             self._apply_all()
-            with self._computing:
+            with self._cores:
+                begun_s = self._clock.now()
                 while self._engine.step() and not self._is_stopping:
                     self._stats = self._engine.stats()
+                    self._cores.rest(self._clock.now() - begun_s)
                     self._apply_all()
+                    begun_s = self._clock.now()
             self._stats = self._engine.stats()
 
     def _refuse_queued(self, error: HeadraceError) -> None:

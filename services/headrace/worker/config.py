@@ -62,6 +62,8 @@ class WorkerConfig:
         threads: Most threads per tensor operation; 0 takes all cores.
         shared_cores: File that the workers of one machine name to share its cores: each takes an
             equal part while others compute too; None shares with nobody.
+        give_way: How long a decode worker rests after a step while a prefill worker of the same machine computes,
+            in times of the step: more shortens first tokens and lengthens the gaps after them.
         block_tokens: Tokens per KV block: 16, 32 or 64.
         kv_memory_bytes: Size of the block pool.
         max_running: Most sequences that hold blocks at once.
@@ -95,6 +97,7 @@ class WorkerConfig:
     device: str = "cpu"
     threads: int = 0
     shared_cores: Path | None = None
+    give_way: float = 1.0
     block_tokens: int = 16
     kv_memory_bytes: Count = 1 << 30
     max_running: Count = 64

@@ -176,3 +176,12 @@ def test_the_largest_int8_products_do_not_overflow(rows, random_weight, run):
 def test_other_weights_take_no_notice_of_the_inputs_bits(form, rows, random_weight, run):
     weight, x = random_weight(form, 48, 96), torch.randn(rows, 96)
     assert multiply(run, weight, x, input_bits=8).equal(multiply(run, weight, x))
+
+
+def test_what_is_not_a_number_does_not_vanish_in_a_gate(run):
+    gate, up, x = torch.randn(24, 64), torch.randn(24, 64), torch.randn(2, 64)
+    x[1, 5] = torch.nan
+    out = torch.zeros(2, 24)
+    found = multiply(run, native.interleave(gate, up), x, epilogue=Epilogue.SILU, target=out)
+    assert found[0].isfinite().all()
+    assert found[1].isnan().all()
