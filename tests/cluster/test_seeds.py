@@ -9,7 +9,7 @@ from headrace import AsyncClient
 from headrace.testing.cluster import LocalCluster
 from headrace.testing.prompts import PROMPTS
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAX_TOKENS = 24
 BLOCK_BYTES = 30 * 2 * 16 * 3 * 64 * 4

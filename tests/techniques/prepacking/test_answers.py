@@ -106,8 +106,7 @@ def wanted(exact_model, make_runner):
     return Answers(make_runner(exact_model, "varlen", num_blocks=200), WholeShape()).run()
 
 
-@pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
-@pytest.mark.parametrize("budget", [7, 64])
+@pytest.mark.parametrize(("shape", "budget"), [(ChunkedShape(), 7), (WholeShape(), 64)], ids=["chunked", "whole"])
 @pytest.mark.parametrize("pack", ["varlen", "bins", "pad"])
 def test_answers_are_those_of_each_prompt_alone(exact_model, make_runner, wanted, pack, budget, shape):
     found = Answers(make_runner(exact_model, pack), shape, budget=budget, num_blocks=40, max_running=6).run()
