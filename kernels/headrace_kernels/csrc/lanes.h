@@ -56,26 +56,39 @@ inline float greatest(F8 x) {
     return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 
-// acc + a.lo * b.lo + a.hi * b.hi for each pair of int16.
-inline I8 add_products(I8 acc, I8 a, I8 b) {
+// Adds the products of pairs of int16 to two sums: acc[h] + x.lo * w[h].lo + x.hi * w[h].hi. In assembly, because the
+// compiler would add products of several inputs first and then lack registers for them: a third slower.
+inline void add_products(I8 (&acc)[2], I8 x, const I8 (&w)[2]) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(acc, a, b);
+    for (int h = 0; h < 2; ++h) acc[h] = _mm256_dpwssd_epi32(acc[h], x, w[h]);
 #elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(acc, a, b);
+    for (int h = 0; h < 2; ++h) acc[h] = _mm256_dpwssd_avx_epi32(acc[h], x, w[h]);
 #else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    I8 products;
+    asm("vpmaddwd %[w0], %[x], %[products]\n\t"
+        "vpmaddwd %[w1], %[x], %[x]\n\t"
+        "vpaddd %[products], %[acc0], %[acc0]\n\t"
+        "vpaddd %[x], %[acc1], %[acc1]"
+        : [acc0] "+x"(acc[0]), [acc1] "+x"(acc[1]), [x] "+x"(x), [products] "=&x"(products)
+        : [w0] "x"(w[0]), [w1] "x"(w[1]));
 #endif
 }
 
-// acc + the products of unsigned bytes with signed ones: of 4 bytes for each int32, or of 2 for each int16 where there
+// The same for signed bytes of x and unsigned ones of w: of 4 bytes for each int32, or of 2 for each int16 where there
 // is no instruction for it; `finished` makes int32 of it. Without that instruction the sums must stay below 32768.
-inline I8 add_byte_products(I8 acc, I8 unsigned_bytes, I8 signed_bytes) {
+inline void add_byte_products(I8 (&acc)[2], I8 x, const I8 (&w)[2]) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(acc, unsigned_bytes, signed_bytes);
+    for (int h = 0; h < 2; ++h) acc[h] = _mm256_dpbusd_epi32(acc[h], w[h], x);
 #elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(acc, unsigned_bytes, signed_bytes);
+    for (int h = 0; h < 2; ++h) acc[h] = _mm256_dpbusd_avx_epi32(acc[h], w[h], x);
 #else
-    return _mm256_add_epi16(acc, _mm256_maddubs_epi16(unsigned_bytes, signed_bytes));
+    I8 products;
+    asm("vpmaddubsw %[x], %[w0], %[products]\n\t"
+        "vpmaddubsw %[x], %[w1], %[x]\n\t"
+        "vpaddw %[products], %[acc0], %[acc0]\n\t"
+        "vpaddw %[x], %[acc1], %[acc1]"
+        : [acc0] "+x"(acc[0]), [acc1] "+x"(acc[1]), [x] "+x"(x), [products] "=&x"(products)
+        : [w0] "x"(w[0]), [w1] "x"(w[1]));
 #endif
 }
 

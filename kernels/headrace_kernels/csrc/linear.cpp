@@ -3,7 +3,7 @@
 // Weights lie in panels of 16 outputs. int4 and int8 weights have a scale (int4 also a minimum) per output and 32
 // inputs; the inputs are rounded to int16 with a scale per row and the same 32 inputs, which is finer than bf16,
 // and the products of a block are summed exactly in int32. Nothing but masks and shifts lies between memory and
-// product, which is what counts for few rows; for many it is as fast as fp32, and faster where there is VNNI.
+// product, and four rows share them: faster than fp32, and than weights unpacked once in memory, for any number of rows.
 // Where a layer allows it, the inputs of int4 weights are rounded to int8: coarser than bf16, and twice as fast.
 //
 // Panel, per block of 32 inputs:
@@ -23,7 +23,7 @@ namespace headrace {
 namespace {
 
 constexpr int64_t kBlock = 32;
-constexpr int kDirectRows = 4;      // up to here a panel is unpacked in registers, beyond it once in memory
+constexpr int64_t kTogether = 4;    // rows that share weights unpacked in registers
 constexpr int64_t kAloneRows = 4;   // up to here every thread prepares the rows for itself, without a barrier
 constexpr int64_t kRowBytes = 192 << 10;  // rows at work together, a part of the second-level cache
 constexpr int64_t kDepth = 256;           // inputs of a panel at work together in fp32, 16 KiB
@@ -45,7 +45,7 @@ struct Int4 {
         out[1][0] = _mm256_and_si256(_mm256_srli_epi16(x, 8), mask);
         out[1][1] = _mm256_srli_epi16(x, 12);
     }
-    static I8 add(I8 acc, I8 x, I8 weights) { return add_products(acc, x, weights); }
+    static void add(I8 (&acc)[2], I8 x, const I8 (&weights)[2]) { add_products(acc, x, weights); }
     static I8 finish(I8 acc) { return acc; }
 };
 
@@ -61,7 +61,7 @@ struct Int4Bytes : Int4 {
         out[0][1] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
     }
     // A block adds up to 8 * 2 * 15 * 127 at most: it fits into int16.
-    static I8 add(I8 acc, I8 x, I8 weights) { return add_byte_products(acc, weights, x); }
+    static void add(I8 (&acc)[2], I8 x, const I8 (&weights)[2]) { add_byte_products(acc, x, weights); }
     static I8 finish(I8 acc) { return finished(acc); }
 };
 
@@ -77,7 +77,7 @@ struct Int8 {
         out[0][0] = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8);
         out[0][1] = _mm256_srai_epi16(x, 8);
     }
-    static I8 add(I8 acc, I8 x, I8 weights) { return add_products(acc, x, weights); }
+    static void add(I8 (&acc)[2], I8 x, const I8 (&weights)[2]) { add_products(acc, x, weights); }
     static I8 finish(I8 acc) { return acc; }
 };
 
@@ -169,8 +169,7 @@ void multiply_packed(const uint8_t* panel, const Rows& rows, int64_t first, int6
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const I8 x = broadcast4(codes + r * in_size + b * kBlock + F::inputs * (F::groups * v + g));
-                    acc[r][0] = F::add(acc[r][0], x, weights[g][0]);
-                    acc[r][1] = F::add(acc[r][1], x, weights[g][1]);
+                    F::add(acc[r], x, weights[g]);
                 }
             }
         }
@@ -191,69 +190,6 @@ void multiply_packed(const uint8_t* panel, const Rows& rows, int64_t first, int6
     for (int r = 0; r < R; ++r) {
         store(out + r * kPanel, total[r][0]);
         store(out + r * kPanel + kLanes, total[r][1]);
-    }
-}
-
-// Spreads a panel to codes [block][group][2 halves][32 bytes] and fp32 [block][4][8]: scales, minima.
-template <typename F>
-void unpack_panel(const uint8_t* panel, int64_t blocks, int16_t* codes, float* heads) {
-    for (int64_t b = 0; b < blocks; ++b, panel += block_bytes<F>(), heads += 4 * kLanes) {
-        for (int64_t v = 0; v < F::vectors; ++v) {
-            I8 weights[F::groups][2];
-            F::unpack(panel, v, weights);
-#pragma GCC unroll 8
-            for (int g = 0; g < F::groups; ++g)
-                for (int h = 0; h < 2; ++h, codes += 16)
-                    _mm256_storeu_si256(reinterpret_cast<I8*>(codes), weights[g][h]);
-        }
-        const uint16_t* head = head_of(panel);
-#pragma GCC unroll 8
-        for (int h = 0; h < 2; ++h) {
-            store(heads + h * kLanes, load_f16(head + h * kLanes));
-            if constexpr (F::has_minimum) store(heads + (2 + h) * kLanes, load_f16(head + (2 + h) * kLanes));
-        }
-    }
-}
-
-// out[r] = products of R rows with one unpacked panel.
-template <typename F, int R>
-void multiply_unpacked(const int16_t* panel, const float* heads, const Rows& rows, int64_t first, int64_t in_size,
-                       float* out) {
-    const int64_t blocks = in_size / kBlock;
-    const auto* codes = reinterpret_cast<const typename F::Code*>(rows.codes) + first * in_size;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        store(out + r * kPanel, zero());
-        store(out + r * kPanel + kLanes, zero());
-    }
-    for (int64_t b = 0; b < blocks; ++b, heads += 4 * kLanes) {
-        I8 acc[R][2];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-        for (int64_t i = 0; i < kBlock; i += F::inputs, panel += 32) {
-            const I8 w0 = _mm256_loadu_si256(reinterpret_cast<const I8*>(panel));
-            const I8 w1 = _mm256_loadu_si256(reinterpret_cast<const I8*>(panel + 16));
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                const I8 x = broadcast4(codes + r * in_size + b * kBlock + i);
-                acc[r][0] = F::add(acc[r][0], x, w0);
-                acc[r][1] = F::add(acc[r][1], x, w1);
-            }
-        }
-        const F8 scale[2] = {load(heads), load(heads + kLanes)};
-        F8 minimum[2] = {};
-        if constexpr (F::has_minimum) {
-            minimum[0] = load(heads + 2 * kLanes);
-            minimum[1] = load(heads + 3 * kLanes);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const int64_t at = (first + r) * blocks + b;
-            F8 total[2] = {load(out + r * kPanel), load(out + r * kPanel + kLanes)};
-            add_block<F>(acc[r], scale, minimum, rows.scales[at], rows.sums[at], total);
-            store(out + r * kPanel, total[0]);
-            store(out + r * kPanel + kLanes, total[1]);
-        }
     }
 }
 
@@ -303,47 +239,26 @@ void multiply_direct(const Linear& layer, const uint8_t* panel, const Rows& rows
     }
 }
 
-void multiply_direct(const Linear& layer, const uint8_t* panel, const Rows& rows, int64_t count, float* out) {
+// out[count][16] = products of up to kTogether rows with one panel.
+void multiply_few(const Linear& layer, const uint8_t* panel, const Rows& rows, int64_t first, int64_t count,
+                  float* out) {
     switch (count) {
-        case 1: return multiply_direct<1>(layer, panel, rows, 0, out);
-        case 2: return multiply_direct<2>(layer, panel, rows, 0, out);
-        case 3: return multiply_direct<3>(layer, panel, rows, 0, out);
-        default: return multiply_direct<4>(layer, panel, rows, 0, out);
-    }
-}
-
-template <typename F>
-void multiply_many(const int16_t* codes, const float* heads, const Rows& rows, int64_t first, int64_t count,
-                   int64_t in_size, float* out) {
-    // 8 sums, 2 weights, an input and a product fit into 16 registers with room for the compiler.
-    for (; count >= 4; count -= 4, first += 4, out += 4 * kPanel)
-        multiply_unpacked<F, 4>(codes, heads, rows, first, in_size, out);
-    switch (count) {
-        case 3: return multiply_unpacked<F, 3>(codes, heads, rows, first, in_size, out);
-        case 2: return multiply_unpacked<F, 2>(codes, heads, rows, first, in_size, out);
-        case 1: return multiply_unpacked<F, 1>(codes, heads, rows, first, in_size, out);
-        default: return;
+        case 1: return multiply_direct<1>(layer, panel, rows, first, out);
+        case 2: return multiply_direct<2>(layer, panel, rows, first, out);
+        case 3: return multiply_direct<3>(layer, panel, rows, first, out);
+        default: return multiply_direct<4>(layer, panel, rows, first, out);
     }
 }
 
 // out[count][16] = products of many rows with one panel.
 void multiply(const Linear& layer, const uint8_t* panel, const Rows& rows, int64_t first, int64_t count,
               ThreadRoom& room, float* out) {
-    const int64_t in_size = layer.in_size, blocks = in_size / kBlock;
     if (layer.format != kBf16) {
-        int16_t* codes = room.panel_codes.at_least(in_size * kPanel);
-        float* heads = room.panel_values.at_least(blocks * 4 * kLanes);
-        if (has_byte_inputs(layer)) {
-            unpack_panel<Int4Bytes>(panel, blocks, codes, heads);
-            return multiply_many<Int4Bytes>(codes, heads, rows, first, count, in_size, out);
-        }
-        if (layer.format == kInt4) {
-            unpack_panel<Int4>(panel, blocks, codes, heads);
-            return multiply_many<Int4>(codes, heads, rows, first, count, in_size, out);
-        }
-        unpack_panel<Int8>(panel, blocks, codes, heads);
-        return multiply_many<Int8>(codes, heads, rows, first, count, in_size, out);
+        for (int64_t r = 0; r < count; r += kTogether)
+            multiply_few(layer, panel, rows, first + r, std::min(kTogether, count - r), out + r * kPanel);
+        return;
     }
+    const int64_t in_size = layer.in_size;
     float* wide = room.panel_values.at_least(kDepth * kPanel);
     const auto* narrow = reinterpret_cast<const uint16_t*>(panel);
     std::fill(out, out + count * kPanel, 0.0f);
@@ -441,18 +356,18 @@ void run_linear(const Linear& layer, const Step& step, Scratch& scratch, Worker&
     const bool is_gated = layer.epilogue == kSilu || layer.epilogue == kGelu;
     const int64_t stride = is_gated ? layer.out_size / 2 : layer.out_size;
     float* target = step.buffers[layer.target];
-    if (count <= kDirectRows) {
+    if (count <= kTogether) {
         constexpr int64_t kGrain = 4;
         for (int64_t begin; (begin = worker.claim(kGrain)) < panels;) {
             for (int64_t panel = begin; panel < std::min(panels, begin + kGrain); ++panel) {
-                float products[kDirectRows * kPanel];
-                multiply_direct(layer, weights + panel * bytes, rows, count, products);
+                float products[kTogether * kPanel];
+                multiply_few(layer, weights + panel * bytes, rows, 0, count, products);
                 finish(layer, panel, products, count, target);
             }
         }
     } else {
         const int64_t row_bytes = layer.in_size * (layer.format == kBf16 ? 4 : has_byte_inputs(layer) ? 1 : 2);
-        const int64_t most = std::max<int64_t>(kRowBytes / row_bytes / 6, 1) * 6;
+        const int64_t most = std::max<int64_t>(kRowBytes / row_bytes / 12, 1) * 12;
         const int64_t groups = (count + most - 1) / most;
         float* products = own.attend.at_least(most * kPanel);
         for (int64_t item; (item = worker.claim(1)) < groups * panels;) {

@@ -61,7 +61,6 @@ struct ThreadRoom {
     Room<float> values;
     Room<int16_t> codes;
     Room<float> scales;
-    Room<int16_t> panel_codes;
     Room<float> panel_values;
     Room<float> attend;
 };
