@@ -68,7 +68,7 @@ def test_the_doctor_needs_a_cluster(tmp_path: Path) -> None:
     ("arguments", "wanted"),
     [
         (("up", "--workers", "prefill=1"), "workers wants a prefill and a decode worker"),
-        (("up", "--dtype", "fp8"), "run.dtype wants one of auto, fp32, bf16, int8, found str 'fp8'"),
+        (("up", "--dtype", "fp8"), "run.dtype wants one of auto, fp32, bf16, int8, int4, found str 'fp8'"),
         (("up", "--model", "absent.gguf"), "absent.gguf does not exist"),
         (("up", "--set", "threads=1"), "--set wants SECTION.FIELD=VALUE"),
         (("serve", "router", "--config", "absent.yaml"), "cannot read the configuration absent.yaml"),

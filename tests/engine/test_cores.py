@@ -10,19 +10,25 @@ import pytest
 from headrace.engine.cores import MOST_SEATS, Cores
 from headrace.errors import ConfigError
 
+LONGEST_IN_PEER_S = 60.0
 PEER = """
-import sys
+import sys, time
 from pathlib import Path
-from headrace.engine.cores import Cores
-cores = Cores(4, Path(sys.argv[1]), comes_first=sys.argv[2] == "first", give_way=float("inf"))
+from headrace.engine import cores
+cores.LONGEST_REST_S = 60.0
+cores = cores.Cores(4, Path(sys.argv[1]), comes_first=sys.argv[2] == "first", give_way=0.02)
 for line in sys.stdin:
-    match line.strip():
+    words = line.split()
+    match words[0]:
         case "enter":
             cores.__enter__()
         case "leave":
             cores.__exit__(None, None, None)
         case "rest":
-            cores.rest(1.0)
+            begun_s = time.monotonic()
+            cores.end_step(float(words[1]), 1)
+            print(time.monotonic() - begun_s, flush=True)
+            continue
         case "turn":
             print(int(cores._take_turn(cores._file, 0.0)), flush=True)
             continue
@@ -37,10 +43,23 @@ class Peer:
         command = [sys.executable, "-c", PEER, str(path), precedence]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def tell(self, what):
+    def send(self, what):
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+
+    def answer(self):
+        return self.process.stdout.readline()
+
+    def is_answering(self):
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
+    def tell(self, what):
+        self.send(what)
+        return int(self.answer())
+
+    def rest(self, step_s):
+        self.send(f"rest {step_s}")
+        return float(self.answer())
 
     def kill(self):
         self.process.kill()
@@ -140,24 +159,28 @@ def test_seats_are_bounded(shared, start, monkeypatch):
     assert MOST_SEATS == 256
 
 
-def rests(cores, peer):
-    """Return whether the cores are free for a moment while a peer rests after a step."""
-    peer.process.stdin.write("rest\n")
-    peer.process.stdin.flush()
-    found = False
-    while not found and not select.select([peer.process.stdout], [], [], 0)[0]:
-        found = cores.num_others() == 0
-    peer.process.stdout.readline()
-    return found
-
-
-def test_a_worker_rests_after_a_step_while_one_that_comes_first_computes(shared, start):
+def test_a_worker_rests_after_a_step_for_each_user_who_waits_for_one_that_comes_first(shared, start):
     with Cores(4, shared, comes_first=True) as prompts:
         peer = start()
         peer.tell("enter")
         assert prompts.share() == 2
-        assert rests(prompts, peer)
+        for num_users, least_s in ((1, 0.02), (8, 0.16), (3, 0.06), (1000, 0.32)):
+            prompts.end_step(0.0, num_users)
+            assert peer.rest(1.0) >= least_s
         assert prompts.share() == 2
+        prompts.close()
+
+
+def test_a_rest_ends_when_nobody_waits_any_more_and_gives_the_cores_away_until_then(shared, start):
+    with Cores(4, shared, comes_first=True) as prompts:
+        peer = start()
+        peer.tell("enter")
+        peer.send("rest 1e9")
+        while prompts.num_others():
+            assert not peer.is_answering()
+        prompts.__exit__(None, None, None)
+        assert float(peer.answer()) < LONGEST_IN_PEER_S
+        assert prompts.num_others() == 1
         prompts.close()
 
 
@@ -165,11 +188,12 @@ def test_nobody_rests_for_workers_that_do_not_come_first(cores, start):
     peer = start()
     peer.tell("enter")
     with cores:
-        assert not rests(cores, peer)
+        cores.end_step(1.0, 8)
+        assert peer.rest(1e9) < LONGEST_IN_PEER_S
 
 
 def test_nobody_rests_when_nobody_computes(shared, start):
     prompts, peer = Cores(4, shared, comes_first=True), start()
     peer.tell("enter")
-    assert not rests(prompts, peer)
+    assert peer.rest(1e9) < LONGEST_IN_PEER_S
     prompts.close()

@@ -63,7 +63,7 @@ ClusterAssignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Set one option of a role or of one process."),
 ]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, fp32, bf16 or int8")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, fp32, bf16, int8 or int4")]
 
 
 @app.command()

@@ -62,12 +62,7 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
-_DTYPES = {
-    Dtype.AUTO: torch.bfloat16,
-    Dtype.FP32: torch.float32,
-    Dtype.BF16: torch.bfloat16,
-    Dtype.INT8: torch.bfloat16,
-}
+_QUANTISED = {Dtype.AUTO, Dtype.INT4, Dtype.INT8}
 
 
 def run(args: ServeArgs) -> int:
@@ -113,11 +108,15 @@ def build_machine(config: WorkerConfig) -> Machine:
     device = torch.device(config.device)
     model = load_model(
         config.model,
-        dtype=_DTYPES[config.dtype],
+        dtype=torch.float32 if config.dtype is Dtype.FP32 else torch.bfloat16,
         device=device,
-        quantised=config.dtype in {Dtype.AUTO, Dtype.INT8},
+        quantised=config.dtype in _QUANTISED,
         input_bits=8 if config.dtype is Dtype.INT8 else 16,
     )
+    if config.dtype is Dtype.INT4 and not model.is_quantised:
+        raise ConfigError(
+            "the weights of this model have no quantised grid that this device computes on", field="dtype"
+        )
     layout = model.kv_layout(config.block_tokens)
     num_blocks = config.kv_memory_bytes // layout.block_bytes
     if num_blocks < 1:

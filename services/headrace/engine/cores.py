@@ -18,9 +18,11 @@ MOST_SEATS = 256
 TURN_POLL_S = 0.02
 _TURN = 2 * MOST_SEATS
 """Byte behind those of the seats and of the computing."""
-_FIRST = _TURN + 1
-"""Bytes of those that compute and come first."""
-LONGEST_REST_S = 0.05
+_USERS = _TURN + 1
+"""Bytes of those that come first: one for each user who waits, `MOST_USERS` per seat."""
+MOST_USERS = 16
+LONGEST_REST_S = 0.25
+REST_POLL_S = 0.005
 _FLOCK = struct.Struct("hhqqi")
 """`struct flock` of 64-bit Linux: type, whence, start, length, pid."""
 
@@ -37,7 +39,7 @@ class Cores:
     with a core each, 53 / 488 ms with two threads each and sleeping barriers; one alone: 28 / 250 ms.
 
     A user waits for the whole of a prompt, but reads an answer slower than it is made. So some workers come
-    first, and others rest after each step while one of those computes.
+    first, and others rest after each step while those compute: longer, the more users wait.
 
     Use it as a context while there is work, from one thread, the one that computes.
     """
@@ -51,8 +53,8 @@ class Cores:
             threads: Most threads; 0 takes what torch would.
             shared: File that all workers of this machine name; None shares with nobody.
             comes_first: Whether others may give way to this worker.
-            give_way: How long this one rests after a step while a worker that comes first computes, in times of the
-                step.
+            give_way: How long this one rests after a step for each user who waits for workers that come first, in
+                times of the step.
 
         Raises:
             ConfigError: The file cannot be opened, or has no seat left.
@@ -60,6 +62,7 @@ class Cores:
         self._most = threads or torch.get_num_threads()
         self._comes_first = comes_first
         self._give_way = give_way
+        self._num_users = 1
         self._file: int | None = None
         if shared is not None:
             self._file, self._seat = _take_seat(shared)
@@ -73,8 +76,9 @@ class Cores:
     def __enter__(self) -> Self:
         """Begin to compute."""
         if self._file is not None:
-            for byte in self._bytes():
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            self._lock(fcntl.LOCK_EX, MOST_SEATS + self._seat)
+            if self._comes_first:
+                self._lock(fcntl.LOCK_EX, self._first_user, self._num_users)
         return self
 
     def __exit__(
@@ -82,20 +86,48 @@ class Cores:
     ) -> None:
         """End computing: the cores go to others."""
         if self._file is not None:
-            for byte in self._bytes():
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, byte)
+            self._lock(fcntl.LOCK_UN, MOST_SEATS + self._seat)
+            if self._comes_first:
+                self._lock(fcntl.LOCK_UN, self._first_user, MOST_USERS)
 
-    def _bytes(self) -> tuple[int, ...]:
-        computing = MOST_SEATS + self._seat
-        return (computing, _FIRST + self._seat) if self._comes_first else (computing,)
+    def end_step(self, step_s: float, num_users: int) -> None:
+        """Tell how many users wait for this worker, if it comes first; let others have the cores, if they do.
 
-    def rest(self, step_s: float) -> None:
-        """Let the cores go for a while after a step, if a worker that comes first computes."""
-        if self._file is None or self._give_way <= 0 or not _num_locked(self._file, _FIRST):
+        Args:
+            step_s: How long the step took that has just ended.
+            num_users: How many requests this worker has.
+        """
+        if self._file is None:
+            return
+        if self._comes_first:
+            self._tell(self._file, min(max(1, num_users), MOST_USERS))
+        elif self._give_way > 0:
+            self._rest(self._file, step_s)
+
+    def _tell(self, file: int, num_users: int) -> None:
+        if num_users > self._num_users:
+            self._lock(fcntl.LOCK_EX, self._first_user, num_users)
+        elif num_users < self._num_users:
+            self._lock(fcntl.LOCK_UN, self._first_user + num_users, MOST_USERS - num_users)
+        self._num_users = num_users
+
+    def _rest(self, file: int, step_s: float) -> None:
+        num_users = _num_locked(file, _USERS, MOST_SEATS * MOST_USERS)
+        if not num_users:
             return
         self.__exit__(None, None, None)
-        time.sleep(min(LONGEST_REST_S, self._give_way * step_s))
+        end_s = time.monotonic() + min(LONGEST_REST_S, self._give_way * num_users * step_s)
+        while (left_s := end_s - time.monotonic()) > 0 and _num_locked(file, _USERS, MOST_SEATS * MOST_USERS):
+            time.sleep(min(left_s, REST_POLL_S))
         self.__enter__()
+
+    @property
+    def _first_user(self) -> int:
+        return _USERS + self._seat * MOST_USERS
+
+    def _lock(self, kind: int, first: int, count: int = 1) -> None:
+        if self._file is not None:
+            fcntl.lockf(self._file, kind if kind == fcntl.LOCK_UN else kind | fcntl.LOCK_NB, count, first)
 
     @contextmanager
     def turn(self, timeout_s: float) -> Iterator[None]:
@@ -128,19 +160,20 @@ class Cores:
 
     def num_others(self) -> int:
         """Return how many other workers compute now."""
-        return 0 if self._file is None else _num_locked(self._file, MOST_SEATS)
+        return 0 if self._file is None else _num_locked(self._file, MOST_SEATS, MOST_SEATS)
 
 
-def _num_locked(file: int, first: int) -> int:
-    """Return how many of the bytes of all seats from `first` on others have locked."""
-    count, start, end = 0, first, first + MOST_SEATS
+def _num_locked(file: int, first: int, count: int) -> int:
+    """Return how many of `count` bytes from `first` on others have locked."""
+    found, start, end = 0, first, first + count
     while start < end:
         wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, end - start, 0)
-        kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, wanted))
+        kind, _, begin, length, _ = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, wanted))
         if kind == fcntl.F_UNLCK:
             break
-        count, start = count + 1, found + length
-    return count
+        after = min(end, begin + length)
+        found, start = found + after - max(start, begin), after
+    return found
 
 
 def _take_seat(path: Path) -> tuple[int, int]:

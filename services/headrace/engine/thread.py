@@ -96,7 +96,8 @@ class EngineThread:
                 begun_s = self._clock.now()
                 while self._engine.step() and not self._is_stopping:
                     self._stats = self._engine.stats()
-                    self._cores.rest(self._clock.now() - begun_s)
+                    num_users = self._stats.num_running + self._stats.num_waiting
+                    self._cores.end_step(self._clock.now() - begun_s, num_users)
                     self._apply_all()
                     begun_s = self._clock.now()
             self._stats = self._engine.stats()

@@ -22,14 +22,16 @@ class Dtype(Enum):
     """Precision of weights, activations and KV; sums are always fp32.
 
     `auto` keeps weights in the quantised grid of the file, with KV in bf16 and activations finer than bf16, where
-    the device has kernels for it; else it is bf16. `int8` does the same with the inputs of most layers rounded to
-    int8: faster, about as coarse as bf16 throughout (README), and an error where it cannot be had.
+    the device has kernels for it; else it is bf16. `int4` is the former or an error. `int8` rounds the inputs of
+    most layers to int8 besides: faster, about as coarse as bf16 throughout (README), and an error where it cannot
+    be had.
     """
 
     AUTO = "auto"
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 class Pack(Enum):
@@ -62,8 +64,9 @@ class WorkerConfig:
         threads: Most threads per tensor operation; 0 takes all cores.
         shared_cores: File that the workers of one machine name to share its cores: each takes an
             equal part while others compute too; None shares with nobody.
-        give_way: How long a decode worker rests after a step while a prefill worker of the same machine computes,
-            in times of the step: more shortens first tokens and lengthens the gaps after them.
+        give_way: How long a decode worker rests after a step for each user who waits for a first token from a
+            prefill worker of the same machine, in times of the step: more shortens first tokens and lengthens the
+            gaps after them.
         block_tokens: Tokens per KV block: 16, 32 or 64.
         kv_memory_bytes: Size of the block pool.
         max_running: Most sequences that hold blocks at once.
