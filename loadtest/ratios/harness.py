@@ -102,9 +102,14 @@ def report(ratio: Ratio, results: Path | None = None) -> None:
         f"{ratio.machine}; commit {ratio.commit}; {ratio.date}; work {ratio.work}"
     )
     if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a") as file:
-            file.write(json.dumps(asdict(ratio)) + "\n")
+        record(ratio, results)
+
+
+def record(ratio: Ratio, results: Path) -> None:
+    """Append a ratio as a JSON line to a file."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(asdict(ratio)) + "\n")
 
 
 def machine() -> str:
