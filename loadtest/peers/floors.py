@@ -62,7 +62,7 @@ def floor(workload: Workload, asks: Sequence[Ask], rates: Rates, weights_bytes: 
     """
     match workload.figure:
         case "tpot_p50_s":
-            return rates.floor_s(weights_bytes / workload.users, LINEAR_FLOP + HEAD_FLOP)
+            return rates.floor_s(weights_bytes, workload.users * (LINEAR_FLOP + HEAD_FLOP))
         case "ttft_p50_s":
             prompts = [Ask(prompt=ask.prompt, num_tokens=1) for ask in asks]
             return statistics.median(rates.floor_s(weights_bytes, _flop(ask, 0)) for ask in prompts)
