@@ -56,7 +56,7 @@ check: $(INSTALLED) ## Style, types, import contracts, sizes, generated code
 bench: $(INSTALLED) ## Ratios against baselines
 	@set -e; for ratio in loadtest/ratios/bench_*.py; do echo "== $$ratio"; $(BIN)/python $$ratio; done
 
-bench-peers: $(INSTALLED) ## The same requests to headrace, llama.cpp and vLLM; installs them into .peers
+bench-peers: $(INSTALLED) ## The same requests to headrace and its peers; installs those into .peers
 	loadtest/peers/install.sh .peers $(BIN)/python
 	PYTHONPATH=loadtest/ratios $(BIN)/python loadtest/peers/bench_peers.py $(PEERS)
 

@@ -6,6 +6,8 @@ folder=$1
 python=$2
 here=$(dirname "$0")
 mkdir -p "$folder"
+# What binds headrace does not bind its peers: some need other versions.
+unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
 
 if ! test -e "$folder/vllm/.installed"; then
     "$python" -m venv "$folder/vllm"
@@ -31,6 +33,13 @@ if ! test -e "$folder/llama.cpp/bin/llama-server"; then
     PATH="$folder/build/bin:$PATH" cmake -G Ninja -S "$folder/llama.cpp/source/vendor/llama.cpp" \
         -B "$folder/llama.cpp" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
     PATH="$folder/build/bin:$PATH" cmake --build "$folder/llama.cpp" --target llama-server
+fi
+
+if ! test -e "$folder/openvino/.installed"; then
+    "$python" -m venv "$folder/openvino"
+    "$folder/openvino/bin/pip" install --quiet openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 \
+        openvino-genai==2026.4.1.0 numpy==2.4.6
+    touch "$folder/openvino/.installed"
 fi
 
 test -e "$folder/weights/config.json" || "$python" "$here/dequantise.py" "$folder/weights"

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Protocol
 import httpx
 from workloads import Workload
 
+from headrace.cli.layout import SPIN_BRIEFLY
 from headrace.testing.cluster import LocalCluster
 
 START_TIMEOUT_S = 600.0
@@ -170,7 +172,7 @@ class Vllm(Process):
     """vLLM's own server, with the weights of the same file dequantised.
 
     Args:
-        folder: Where `install.py` put the peers.
+        folder: Where `install.sh` put the peers.
         dtype: `bfloat16` or `float32`.
     """
 
@@ -198,7 +200,7 @@ class LlamaServer(Process):
     """llama.cpp's own server on the file itself.
 
     Args:
-        folder: Where `install.py` put the peers.
+        folder: Where `install.sh` put the peers.
         weights: The GGUF file.
     """
 
@@ -213,6 +215,51 @@ class LlamaServer(Process):
             *(self._program, "-m", self._weights, "-t", str(os.cpu_count() or 1), "--alias", MODEL),
             *("-np", str(workload.users), "-c", str(workload.users * workload.context_tokens)),
         ]
+
+
+class Library(Process):
+    """A library without a server of its own, behind `inproc_server.py`.
+
+    Its threads wait for each other as those of headrace do: with the usual spinning, transformers took four times as
+    long beside another program.
+
+    Args:
+        name: With its precision.
+        engine: As `inproc_server.py` calls it.
+        python: Where the library is installed.
+        weights: What it loads.
+        log: Where its output goes.
+    """
+
+    def __init__(self, name: str, engine: str, *, python: Path, weights: Path, log: Path) -> None:
+        super().__init__(name, log, SPIN_BRIEFLY)
+        self._start = [str(python), str(Path(__file__).with_name("inproc_server.py")), engine, str(weights)]
+
+    def command(self, workload: Workload) -> list[str]:
+        """Return the same for all workloads."""
+        return self._start
+
+
+def openvino(folder: Path, weights: Path) -> Library:
+    """Return OpenVINO GenAI as `install.sh` put it into `folder`, on a GGUF file."""
+    return Library(
+        "OpenVINO GenAI u4",
+        "openvino",
+        python=folder / "openvino/bin/python",
+        weights=weights,
+        log=folder / "openvino.log",
+    )
+
+
+def transformers(folder: Path) -> Library:
+    """Return transformers of this environment, on the weights that `install.sh` dequantised into `folder`."""
+    return Library(
+        "transformers float32",
+        "transformers",
+        python=Path(sys.executable),
+        weights=folder / "weights",
+        log=folder / "transformers.log",
+    )
 
 
 def _free_port() -> int:
