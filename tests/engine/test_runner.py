@@ -44,7 +44,7 @@ class RandomWeights:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def runner(request):
     decoder = build_decoder(SPEC, RandomWeights(), dtype=request.param, device=CPU)
-    model = Model(spec=SPEC, decoder=decoder, files=(), dtype=request.param, device=CPU)
+    model = Model(spec=SPEC, decoder=decoder, contents=(), dtype=request.param, device=CPU)
     return ModelRunner(model, KvArena(model.kv_layout(4), 40, CPU))
 
 

@@ -8,7 +8,7 @@ import torch
 from headrace.core.block import KvLayout
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
-from headrace.engine.models.fingerprint import fingerprint
+from headrace.engine.models.fingerprint import content_digests, fingerprint
 from headrace.engine.models.loader import load_model
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
@@ -134,11 +134,11 @@ def test_a_fingerprint_changes_with_content_layout_and_weights_but_not_with_the_
     for name, content in {"a": b"weights", "b": b"weights", "c": b"others"}.items():
         (tmp_path / name).write_bytes(content)
     narrow = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=8, dtype="bf16")
-    first = fingerprint([tmp_path / "a"], LAYOUT, "bf16")
-    assert first == fingerprint([tmp_path / "b"], LAYOUT, "bf16")
+    first = fingerprint(content_digests([tmp_path / "a"]), LAYOUT, "bf16")
+    assert first == fingerprint(content_digests([tmp_path / "b"]), LAYOUT, "bf16")
     others = [
-        fingerprint([tmp_path / "c"], LAYOUT, "bf16"),
-        fingerprint([tmp_path / "a"], narrow, "bf16"),
-        fingerprint([tmp_path / "a"], LAYOUT, "grid"),
+        fingerprint(content_digests([tmp_path / "c"]), LAYOUT, "bf16"),
+        fingerprint(content_digests([tmp_path / "a"]), narrow, "bf16"),
+        fingerprint(content_digests([tmp_path / "a"]), LAYOUT, "grid"),
     ]
     assert len({first, *others}) == 4
