@@ -18,13 +18,14 @@ from typing import assert_never
 import torch
 
 from headrace import catalog
-from headrace.clock import WallClock
+from headrace.clock import Clock, WallClock
 from headrace.core.block import blocks_for
 from headrace.core.cost import CostModel
 from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.arena import KvArena
+from headrace.engine.batch import Runner
 from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, filled
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance, processor
@@ -135,7 +136,7 @@ def build_machine(config: WorkerConfig) -> Machine:
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
     kept = CostFile(folder, _instance(config, fingerprint))
-    cost = _measure_cost(runner, arena, cores, config.calibrate_s, kept)
+    cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock())
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
 
 
@@ -150,14 +151,16 @@ def _instance(config: WorkerConfig, fingerprint: str) -> Instance:
     )
 
 
-def _measure_cost(
-    runner: ModelRunner, arena: KvArena, cores: Cores, limit_s: float, kept: CostFile
+def step_cost(
+    runner: Runner, arena: KvArena, cores: Cores, limit_s: float, kept: CostFile, clock: Clock
 ) -> CostModel | None:
-    """Measure in blocks that no engine owns yet; workers that start together take turns, as far as that helps."""
+    """Return what steps cost: as an earlier start kept it, if a few steps agree, else measured for `limit_s`.
+
+    It happens in blocks that no engine owns yet; workers that start together take turns, as far as that helps.
+    """
     if limit_s <= 0:
         return None
     num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens))
-    clock = WallClock()
     with cores.turn(limit_s), cores:
         known = kept.read()
         if known is not None:

@@ -96,10 +96,10 @@ def load_model(
             field="dtype",
         )
     contents = content_digests(files)
+    decoder: Decoder | NativeDecoder
     if is_quantised or (is_native and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        form = "grid" if is_quantised else "bf16"
-        with kept_packed(cache_dir, path, contents, form) as packed:
-            native = NativeDecoder(
+        with kept_packed(cache_dir, path, contents, "grid" if is_quantised else "bf16") as packed:
+            decoder = NativeDecoder(
                 source.spec,
                 source,
                 packed,
@@ -107,17 +107,17 @@ def load_model(
                 most_threads=torch.get_num_threads(),
                 input_bits=input_bits,
             )
-        return Model(
-            spec=source.spec,
-            decoder=native,
-            contents=contents,
-            dtype=dtype,
-            device=device,
-            is_quantised=is_quantised,
-            input_bits=input_bits,
-        )
-    decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
-    return Model(spec=source.spec, decoder=decoder, contents=contents, dtype=dtype, device=device)
+    else:
+        decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
+    return Model(
+        spec=source.spec,
+        decoder=decoder,
+        contents=contents,
+        dtype=dtype,
+        device=device,
+        is_quantised=is_quantised,
+        input_bits=input_bits,
+    )
 
 
 def _open(path: Path) -> tuple[GgufFile | SafetensorsFolder, tuple[Path, ...]]:
