@@ -98,14 +98,10 @@ def load_model(
     contents = content_digests(files)
     decoder: Decoder | NativeDecoder
     if is_quantised or (is_native and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        threads = torch.get_num_threads()
         with kept_packed(cache_dir, path, contents, "grid" if is_quantised else "bf16") as packed:
             decoder = NativeDecoder(
-                source.spec,
-                source,
-                packed,
-                quantised=is_quantised,
-                most_threads=torch.get_num_threads(),
-                input_bits=input_bits,
+                source.spec, source, packed, quantised=is_quantised, most_threads=threads, input_bits=input_bits
             )
     else:
         decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
