@@ -25,7 +25,10 @@ from headrace_kernels.native import Grid, Packed, abi
 
 logger = logging.getLogger(__name__)
 
-_CODE = (Path(native.__file__).with_name("pack.py"), *(Path(__file__).with_name(f"{n}.py") for n in ("native", "gguf")))
+_CODE = (
+    Path(native.__file__).with_name("pack.py"),
+    *(Path(__file__).with_name(f"{n}.py") for n in ("native", "gguf", "safetensors", "weights")),
+)
 """Files that decide what is in a panel, and in which order."""
 
 
