@@ -45,7 +45,7 @@ def plain(path: Path, dtype: torch.dtype) -> Model:
     """Return the model on torch's own products."""
     source = GgufFile(path)
     decoder = build_decoder(source.spec, source, dtype=dtype, device=CPU)
-    return Model(spec=source.spec, decoder=decoder, files=(path,), dtype=dtype, device=CPU)
+    return Model(spec=source.spec, decoder=decoder, contents=(), dtype=dtype, device=CPU)
 
 
 def measure(num_tokens: int) -> None:

@@ -1,14 +1,22 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from headrace.cli.worker import make_pack, shape_context, shape_maker
-from headrace.core.cost import CostModel
+from headrace.cli.worker import make_pack, shape_context, shape_maker, step_cost
+from headrace.clock import VirtualClock
+from headrace.core.block import KvLayout
+from headrace.core.cost import CostModel, chunk_work, decode_work
+from headrace.engine.arena import KvArena
+from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted
+from headrace.engine.cores import Cores
+from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.packing import PaddedRows
 from headrace.engine.scheduler import WholeShape
 from headrace.errors import ConfigError
 from headrace.techniques.prepacking.bins import FirstFitDecreasing
 from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.testing.runner import FakeRunner
 from headrace.worker.config import Pack, WorkerConfig, WorkerRole
 
 COST = CostModel(step_s=1e-2, prompt_s=1e-2, token_s=1e-3, pair_s=1e-7, decode_s=1e-3, context_s=1e-6)
@@ -54,3 +62,54 @@ def test_a_worker_packs_as_its_setting_says(pack, kind):
 
 def test_varlen_packs_nothing():
     assert make_pack(Pack.VARLEN) is None
+
+
+LIMIT_S = 20.0
+BLOCKS = blocks_wanted(16)
+
+
+class Start:
+    """One start of a worker whose steps take `slowness` times what COST says."""
+
+    def __init__(self, folder, slowness=1.0, limit_s=LIMIT_S):
+        self.clock, self.slowness, self.num_steps = VirtualClock(), slowness, 0
+        self.fake = FakeRunner(BLOCKS)
+        self.layout, self.vocab_size = self.fake.layout, self.fake.vocab_size
+        self.max_context_tokens = self.fake.max_context_tokens
+        instance = Instance(fingerprint="f", device="cpu", threads=1, pack="varlen", processor="p", kernels="k")
+        arena = KvArena(
+            KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=16, dtype="bf16"),
+            BLOCKS,
+            torch.device("cpu"),
+        )
+        self.cost = step_cost(self, arena, Cores(1), limit_s, CostFile(folder, instance), self.clock)
+        assert not arena.data.any()
+
+    def run(self, batch):
+        self.num_steps += 1
+        sizes = [(len(item.token_ids), item.kv_start) for item in batch.items]
+        work = decode_work(done + 1 for size, done in sizes if size == 1)
+        work = sum((chunk_work(size, done) for size, done in sizes if size > 1), work)
+        self.clock.advance(self.slowness * COST.seconds(work))
+        return self.fake.run(batch)
+
+
+def test_a_second_start_takes_the_cost_that_the_first_one_measured(tmp_path):
+    first, second = Start(tmp_path), Start(tmp_path)
+    assert second.cost == first.cost
+    assert first.num_steps > len(PROBES)
+    assert second.num_steps == CHECKS * len(CHECKED)
+
+
+@pytest.mark.parametrize("slowness", [0.3, 3.0])
+def test_a_machine_that_became_faster_or_slower_is_measured_again_and_that_is_kept(tmp_path, slowness):
+    first, changed, third = Start(tmp_path), Start(tmp_path, slowness), Start(tmp_path, slowness)
+    assert changed.cost.seconds(PROBES[0].work) == pytest.approx(
+        slowness * first.cost.seconds(PROBES[0].work), rel=0.01
+    )
+    assert third.cost == changed.cost
+
+
+def test_a_worker_that_is_not_to_measure_takes_no_kept_cost_either(tmp_path):
+    Start(tmp_path)
+    assert Start(tmp_path, limit_s=0).cost is None

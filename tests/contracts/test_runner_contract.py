@@ -50,7 +50,7 @@ def model_runner(pack=None):
     )
     device = torch.device("cpu")
     decoder = build_decoder(spec, RandomWeights(), dtype=torch.float32, device=device)
-    model = Model(spec=spec, decoder=decoder, files=(), dtype=torch.float32, device=device)
+    model = Model(spec=spec, decoder=decoder, contents=(), dtype=torch.float32, device=device)
     return ModelRunner(model, KvArena(model.kv_layout(16), NUM_BLOCKS, device, num_pad_blocks=1), pack=pack)
 
 

@@ -10,7 +10,7 @@ from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
 from headrace.engine.arena import KvArena
-from headrace.engine.calibrate import PROBES, blocks_wanted, calibrate, filled
+from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, agrees, blocks_wanted, calibrate, filled
 from headrace.testing.runner import FakeRunner
 
 TRUE = CostModel(step_s=10e-3, prompt_s=5e-3, token_s=1e-3, pair_s=4e-7, decode_s=2e-3, context_s=2e-6)
@@ -111,3 +111,23 @@ def test_blocks_are_full_while_it_measures_and_zero_afterwards():
         assert arena.data[:3].float().abs().sum(dim=(1, 2, 3, 4, 5)).min() > 0
         assert not arena.data[3].any()
     assert not arena.data.any()
+
+
+@pytest.mark.parametrize(("factor", "is_believed"), [(0.4, False), (0.6, True), (1.0, True), (1.9, True), (2.1, False)])
+def test_a_kept_cost_is_believed_while_steps_take_about_as_long_as_it_says(factor, is_believed):
+    clock = VirtualClock()
+    assert agrees(TRUE, TimedRunner(clock, factors=itertools.repeat(factor)), clock) is is_believed
+
+
+def test_one_undisturbed_step_of_a_kind_is_enough_to_believe_a_kept_cost():
+    clock = VirtualClock()
+    factors = itertools.cycle([9.0] * (CHECKS - 1) + [1.0])
+    assert agrees(TRUE, TimedRunner(clock, factors=factors), clock)
+
+
+def test_a_change_in_either_kind_of_step_is_noticed():
+    for index in range(len(CHECKED)):
+        factors = [1.0] * CHECKS * len(CHECKED)
+        factors[index * CHECKS : (index + 1) * CHECKS] = [3.0] * CHECKS
+        clock = VirtualClock()
+        assert not agrees(TRUE, TimedRunner(clock, factors=iter(factors)), clock)

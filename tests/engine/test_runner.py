@@ -1,4 +1,5 @@
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ class RandomWeights:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def runner(request):
     decoder = build_decoder(SPEC, RandomWeights(), dtype=request.param, device=CPU)
-    model = Model(spec=SPEC, decoder=decoder, files=(), dtype=request.param, device=CPU)
+    model = Model(spec=SPEC, decoder=decoder, contents=(), dtype=request.param, device=CPU)
     return ModelRunner(model, KvArena(model.kv_layout(4), 40, CPU))
 
 
@@ -205,3 +206,15 @@ def test_threads_are_asked_for_in_front_of_every_layer(runner):
     assert len(asked) == len(SPEC.layers) + 1
     assert asked[1:] == [1] * len(SPEC.layers)
     torch.set_num_threads(before)
+
+
+def test_blocks_take_memory_when_they_are_first_written():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    layout = KvLayout(num_layers=32, block_tokens=16, num_kv_heads=8, head_dim=64, dtype="bf16")
+    before = resident_bytes()
+    arena = KvArena(layout, (256 << 20) // layout.block_bytes, CPU)
+    assert resident_bytes() - before < 32 << 20
+    arena.data.fill_(1)
+    assert resident_bytes() - before > 200 << 20

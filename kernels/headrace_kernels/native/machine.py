@@ -8,7 +8,7 @@ import torch
 from headrace_kernels.native import abi
 from headrace_kernels.native.abi import Epilogue
 from headrace_kernels.native.build import library
-from headrace_kernels.native.pack import Grid, pack
+from headrace_kernels.native.pack import Grid, Packed
 
 MOST_THREADS = 255
 
@@ -35,11 +35,12 @@ class Panels:
         input_bits: What the inputs of int4 weights are rounded to, 16 or 8; other formats take no notice.
     """
 
-    def __init__(self, weight: Grid | torch.Tensor, input_bits: int = 16) -> None:
+    def __init__(self, weight: Packed | Grid | torch.Tensor, input_bits: int = 16) -> None:
+        packed = weight if isinstance(weight, Packed) else Packed.of(weight)
         self.input_bits = input_bits
-        self.format = weight.format if isinstance(weight, Grid) else abi.Format.BF16
-        self.out_size, self.in_size = weight.codes.shape if isinstance(weight, Grid) else weight.shape
-        self.data = pack(weight)
+        self.format = packed.format
+        self.out_size, self.in_size = packed.out_size, packed.in_size
+        self.data = packed.data
 
 
 class Program:

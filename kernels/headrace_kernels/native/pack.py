@@ -41,6 +41,30 @@ class Grid:
         return weight if self.minima is None else weight + self.minima.float().repeat_interleave(BLOCK, dim=1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Packed:
+    """A weight in panels.
+
+    Attributes:
+        format: How they are coded.
+        out_size: Outputs.
+        in_size: Inputs.
+        data: The panels, bytes.
+    """
+
+    format: Format
+    out_size: int
+    in_size: int
+    data: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: Grid | torch.Tensor) -> "Packed":
+        """Pack a weight; see `pack`."""
+        out_size, in_size = weight.codes.shape if isinstance(weight, Grid) else weight.shape
+        coded = weight.format if isinstance(weight, Grid) else Format.BF16
+        return cls(format=coded, out_size=out_size, in_size=in_size, data=pack(weight))
+
+
 def join(grids: list[Grid]) -> Grid | None:
     """Return the outputs of all grids below each other; None if their formats differ."""
     if len({grid.format for grid in grids}) > 1:

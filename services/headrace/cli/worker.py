@@ -18,15 +18,17 @@ from typing import assert_never
 import torch
 
 from headrace import catalog
-from headrace.clock import WallClock
+from headrace.clock import Clock, WallClock
 from headrace.core.block import blocks_for
 from headrace.core.cost import CostModel
 from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.arena import KvArena
-from headrace.engine.calibrate import blocks_wanted, calibrate, filled
+from headrace.engine.batch import Runner
+from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, filled
 from headrace.engine.cores import Cores
+from headrace.engine.cost_file import CostFile, Instance, processor
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.messages import CacheChange
 from headrace.engine.models.loader import Model, load_model
@@ -56,6 +58,7 @@ from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
 from headrace.worker.process import MemberParts, WorkerMember
+from headrace_kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +109,10 @@ def build_machine(config: WorkerConfig) -> Machine:
         give_way=config.give_way if config.role is WorkerRole.DECODE else 0.0,
     )
     device = torch.device(config.device)
+    folder = config.cache_dir or native.cache_dir()
     model = load_model(
         config.model,
+        folder,
         dtype=torch.float32 if config.dtype is Dtype.FP32 else torch.bfloat16,
         device=device,
         quantised=config.dtype in _QUANTISED,
@@ -129,17 +134,43 @@ def build_machine(config: WorkerConfig) -> Machine:
     arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device, num_pad_blocks=num_pad_blocks)
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
-    cost = _measure_cost(runner, arena, cores, config.calibrate_s)
+    kept = CostFile(folder, _instance(config, fingerprint))
+    cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock())
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
 
 
-def _measure_cost(runner: ModelRunner, arena: KvArena, cores: Cores, limit_s: float) -> CostModel | None:
-    """Measure in blocks that no engine owns yet; workers that start together take turns, as far as that helps."""
+def _instance(config: WorkerConfig, fingerprint: str) -> Instance:
+    return Instance(
+        fingerprint=fingerprint,
+        device=config.device,
+        threads=config.threads or torch.get_num_threads(),
+        pack=config.pack.value,
+        processor=processor(),
+        kernels=native.build().name if native.is_available() else "",
+    )
+
+
+def step_cost(
+    runner: Runner, arena: KvArena, cores: Cores, limit_s: float, kept: CostFile, clock: Clock
+) -> CostModel | None:
+    """Return what steps cost: as an earlier start kept it, if a few steps agree, else measured for `limit_s`.
+
+    It happens in blocks that no engine owns yet; workers that start together take turns, as far as that helps.
+    """
     if limit_s <= 0:
         return None
     num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens))
-    with cores.turn(limit_s), cores, filled(arena, num_blocks):
-        return calibrate(runner, num_blocks, WallClock(), limit_s)
+    with cores.turn(limit_s), cores:
+        known = kept.read()
+        if known is not None:
+            with filled(arena, num_blocks=1):
+                if agrees(known, runner, clock):
+                    return known
+        with filled(arena, num_blocks):
+            cost = calibrate(runner, num_blocks, clock, limit_s)
+    if cost is not None:
+        kept.write(cost)
+    return cost
 
 
 async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:

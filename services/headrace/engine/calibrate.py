@@ -10,11 +10,14 @@ import torch
 
 from headrace.clock import Clock
 from headrace.core.block import BlockId, blocks_for
-from headrace.core.cost import CostModel, Sample, StepWork, chunk_work, decode_work, fit
+from headrace.core.cost import CERTAIN_SHARE, CostModel, Sample, StepWork, chunk_work, decode_work, fit
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, BatchItem, Runner, batch_item
 
 logger = logging.getLogger(__name__)
+
+CHECKS = 3
+"""Times that each step of a check is taken; the fastest counts: the first pays for memory, any may be disturbed."""
 
 LEAST_SAMPLES = 6
 """As many as the model has coefficients."""
@@ -64,6 +67,24 @@ PROBES = (
     Probe(chunk=(128, 1024)),
 )
 """Powers of two; cheap ones first, so that a slow machine has measured something of everything when time is up."""
+
+CHECKED = (Probe(contexts=(16,)), Probe(chunk=(16, 0)))
+"""The cheapest step of either kind: what weights and kernels cost is in them."""
+
+
+def agrees(cost: CostModel, runner: Runner, clock: Clock) -> bool:
+    """Return whether a model of another day still tells what steps cost, from a few of them.
+
+    It may be off by what those who use it allow for, either way: a machine that was busy then is found out too. KV
+    in the first blocks is overwritten.
+    """
+    for probe in CHECKED:
+        taken_s = min(_seconds(runner, probe, clock) for _ in range(CHECKS))
+        if not CERTAIN_SHARE <= taken_s / cost.seconds(probe.work) <= 1 / CERTAIN_SHARE:
+            logger.info("kept cost disagrees", extra={"taken_s": taken_s, "kept_s": cost.seconds(probe.work)})
+            return False
+    logger.info("kept cost of steps taken", extra=asdict(cost))
+    return True
 
 
 def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float) -> CostModel | None:

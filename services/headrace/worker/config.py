@@ -76,13 +76,17 @@ class WorkerConfig:
             chunks smaller while there are any; None keeps to `token_budget` alone.
         dynamic_chunks: Whether later chunks of a prompt, which attend to more, shrink so that steps take the same
             time.
-        calibrate_s: Longest time to measure at the start what steps cost, in seconds; 0 does not measure. Without
-            it there are no targets of time, and no prompt is refused because its deadline is too near.
+        calibrate_s: Longest time to measure at the start what steps cost, in seconds, unless an earlier start of
+            the same model and settings on this machine left a sound fit and a few steps still agree with it; 0
+            neither measures nor looks. Without it there are no targets of time, and no prompt is refused because
+            its deadline is too near.
         pack: How prompt chunks of a step lie in memory: on one axis ("varlen"), in shared rows ("bins"), or each
             padded to the longest ("pad").
         kvstore: host:port of the kvstore; None runs without.
         peers: host:port of other workers, connected before this one is Ready.
-        cache_dir: Where converted weights are kept; None converts at every start.
+        cache_dir: Where weights packed for the C++ kernels and the measured cost of steps are kept for the next
+            start; None takes where the compiled kernels are kept: HEADRACE_CACHE_DIR, else `headrace` in the
+            user's cache folder. Several workers share it.
         transfer_deadline_s: Longest time for one transfer of blocks.
         store_blocks: Whether full blocks are put into the kvstore.
         push_whole: Push KV once after the whole prompt instead of chunk by chunk; the

@@ -8,7 +8,7 @@ import torch
 from headrace.core.block import KvLayout
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
-from headrace.engine.models.fingerprint import fingerprint
+from headrace.engine.models.fingerprint import content_digests, fingerprint
 from headrace.engine.models.loader import load_model
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
@@ -34,7 +34,7 @@ def quantise(values, kind):
         return rows.reshape(values.shape[0], -1)
 
 
-def write_gguf(path, kind):
+def write_gguf(path, kind, tokens=()):
     """A Llama of one layer, and its weights as the file holds them."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -45,6 +45,10 @@ def write_gguf(path, kind):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    if tokens:
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * len(tokens))
+        writer.add_token_scores([0.5] * len(tokens))
     writer.add_eos_token_id(7)
     shapes = {
         "token_embd": (VOCABULARY, HIDDEN),
@@ -134,11 +138,23 @@ def test_a_fingerprint_changes_with_content_layout_and_weights_but_not_with_the_
     for name, content in {"a": b"weights", "b": b"weights", "c": b"others"}.items():
         (tmp_path / name).write_bytes(content)
     narrow = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=8, dtype="bf16")
-    first = fingerprint([tmp_path / "a"], LAYOUT, "bf16")
-    assert first == fingerprint([tmp_path / "b"], LAYOUT, "bf16")
+    first = fingerprint(content_digests([tmp_path / "a"]), LAYOUT, "bf16")
+    assert first == fingerprint(content_digests([tmp_path / "b"]), LAYOUT, "bf16")
     others = [
-        fingerprint([tmp_path / "c"], LAYOUT, "bf16"),
-        fingerprint([tmp_path / "a"], narrow, "bf16"),
-        fingerprint([tmp_path / "a"], LAYOUT, "grid"),
+        fingerprint(content_digests([tmp_path / "c"]), LAYOUT, "bf16"),
+        fingerprint(content_digests([tmp_path / "a"]), narrow, "bf16"),
+        fingerprint(content_digests([tmp_path / "a"]), LAYOUT, "grid"),
     ]
     assert len({first, *others}) == 4
+
+
+def test_lists_of_a_header_are_passed_over_whatever_they_hold_and_must_end_within_the_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "F32", tokens=["a", "", "longer"] * 20)
+    assert load_model(path, dtype=torch.float32, device=CPU).spec.vocab_size == VOCABULARY
+    content = path.read_bytes()
+    begin = content.index(b"tokenizer.ggml.tokens")
+    for end in range(begin, content.index(b"tokenizer.ggml.eos_token_id"), 37):
+        path.write_bytes(content[:end])
+        with pytest.raises(ConfigError, match="wanted a GGUF file"):
+            load_model(path, dtype=torch.float32, device=CPU)

@@ -50,7 +50,7 @@ def source(request, tmp_path_factory):
 
 
 def runner_of(source, decoder, dtype):
-    model = Model(spec=source.spec, decoder=decoder, files=(), dtype=dtype, device=CPU)
+    model = Model(spec=source.spec, decoder=decoder, contents=(), dtype=dtype, device=CPU)
     return ModelRunner(model, KvArena(model.kv_layout(), 12, CPU))
 
 
@@ -96,7 +96,7 @@ def test_only_the_threads_asked_for_compute_and_the_bits_stay(source):
         return asked[-1]
 
     decoder = NativeDecoder(source.spec, source, quantised=False, most_threads=2)
-    model = Model(spec=source.spec, decoder=decoder, files=(), dtype=torch.bfloat16, device=CPU)
+    model = Model(spec=source.spec, decoder=decoder, contents=(), dtype=torch.bfloat16, device=CPU)
     changing = ModelRunner(model, KvArena(model.kv_layout(), 12, CPU), share)
     assert logits_in_mixed_steps(changing).equal(logits_in_mixed_steps(native_runner(source)))
     assert len(asked) > 9 * len(source.spec.layers)

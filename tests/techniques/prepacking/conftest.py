@@ -50,12 +50,12 @@ class RandomWeights:
 
 def build_plain(dtype):
     decoder = build_decoder(SPEC, RandomWeights(), dtype=dtype, device=CPU)
-    return Model(spec=SPEC, decoder=decoder, files=(), dtype=dtype, device=CPU)
+    return Model(spec=SPEC, decoder=decoder, contents=(), dtype=dtype, device=CPU)
 
 
 def build_native():
     decoder = NativeDecoder(SPEC, RandomWeights(), quantised=False, most_threads=2)
-    return Model(spec=SPEC, decoder=decoder, files=(), dtype=torch.bfloat16, device=CPU)
+    return Model(spec=SPEC, decoder=decoder, contents=(), dtype=torch.bfloat16, device=CPU)
 
 
 @pytest.fixture(scope="session", params=["fp32", "bf16", pytest.param("native", marks=pytest.mark.cpu)])

@@ -10,24 +10,28 @@ from headrace.core.block import KvLayout
 from headrace_kernels import KERNEL_VERSION
 
 
-def fingerprint(files: Sequence[Path], layout: KvLayout, weights: str) -> str:
+def content_digests(files: Sequence[Path]) -> tuple[bytes, ...]:
+    """Return a digest of what each file holds; all cores read, since a start waits for it.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    return tuple(blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).digest() for file in files)
+
+
+def fingerprint(contents: Sequence[bytes], layout: KvLayout, weights: str) -> str:
     """Return the fingerprint of a model as it is served.
 
     Args:
-        files: All files that decide the weights, in a fixed order; their content counts, not their names.
+        contents: Digests of all files that decide the weights, in a fixed order.
         layout: Form and dtype of a block.
         weights: Form of the weights: a dtype, or "grid" for the quantised one of the files.
 
     Returns:
         64 hex digits over content, layout, weights and kernel version.
-
-    Raises:
-        OSError: A file cannot be read.
     """
     hasher = blake3.blake3(b"headrace-model-1\0")
-    for file in files:
-        content = blake3.blake3()
-        content.update_mmap(file)
-        hasher.update(content.digest())
+    for content in contents:
+        hasher.update(content)
     hasher.update(repr((astuple(layout), weights, KERNEL_VERSION)).encode())
     return str(hasher.hexdigest())

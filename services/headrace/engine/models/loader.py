@@ -7,9 +7,10 @@ import torch
 
 from headrace.core.block import KvLayout
 from headrace.engine.models.decoder import Decoder, build_decoder
-from headrace.engine.models.fingerprint import fingerprint
+from headrace.engine.models.fingerprint import content_digests, fingerprint
 from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.native import NativeDecoder, can_run
+from headrace.engine.models.packed import kept_packed
 from headrace.engine.models.safetensors import SafetensorsFolder, weight_files
 from headrace.engine.models.spec import ModelSpec
 from headrace.errors import ConfigError
@@ -25,7 +26,7 @@ class Model:
     Attributes:
         spec: What it is made of.
         decoder: Its weights and computation.
-        files: Files that decide its weights.
+        contents: Digests of the files that decide its weights.
         dtype: Dtype of KV, and of weights and activations unless the decoder has finer ones.
         device: Where it computes.
         is_quantised: Whether weights are in the quantised grid of the files.
@@ -34,7 +35,7 @@ class Model:
 
     spec: ModelSpec
     decoder: Decoder | NativeDecoder
-    files: tuple[Path, ...]
+    contents: tuple[bytes, ...]
     dtype: torch.dtype
     device: torch.device
     is_quantised: bool = False
@@ -51,13 +52,19 @@ class Model:
         )
 
     def fingerprint(self, layout: KvLayout) -> str:
-        """Return the digest of weights, layout, dtype and kernels; reads the files."""
+        """Return the digest of weights, layout, dtype and kernels."""
         weights = f"grid, {self.input_bits}-bit inputs" if self.is_quantised else DTYPE_NAMES[self.dtype]
-        return fingerprint(self.files, layout, weights)
+        return fingerprint(self.contents, layout, weights)
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype, device: torch.device, quantised: bool = False, input_bits: int = 16
+    path: Path,
+    cache_dir: Path | None = None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantised: bool = False,
+    input_bits: int = 16,
 ) -> Model:
     """Load a model.
 
@@ -66,6 +73,7 @@ def load_model(
 
     Args:
         path: A `.gguf` file, a folder with `config.json` and `*.safetensors`, or a folder with one `.gguf` file.
+        cache_dir: Where weights packed for the C++ kernels are kept for the next start; None packs at each.
         dtype: torch.float32 or torch.bfloat16.
         device: Where weights go.
         quantised: Whether weights stay in the quantised grid of the files, if they have one and the device has
@@ -87,25 +95,25 @@ def load_model(
             f"{'no kernels for this model on this machine' if source.has_grid else 'no such weights'}",
             field="dtype",
         )
+    contents = content_digests(files)
+    decoder: Decoder | NativeDecoder
     if is_quantised or (is_native and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        native = NativeDecoder(
-            source.spec,
-            source,
-            quantised=is_quantised,
-            most_threads=torch.get_num_threads(),
-            input_bits=input_bits,
-        )
-        return Model(
-            spec=source.spec,
-            decoder=native,
-            files=files,
-            dtype=dtype,
-            device=device,
-            is_quantised=is_quantised,
-            input_bits=input_bits,
-        )
-    decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
-    return Model(spec=source.spec, decoder=decoder, files=files, dtype=dtype, device=device)
+        threads = torch.get_num_threads()
+        with kept_packed(cache_dir, path, contents, "grid" if is_quantised else "bf16") as packed:
+            decoder = NativeDecoder(
+                source.spec, source, packed, quantised=is_quantised, most_threads=threads, input_bits=input_bits
+            )
+    else:
+        decoder = build_decoder(source.spec, source, dtype=dtype, device=device)
+    return Model(
+        spec=source.spec,
+        decoder=decoder,
+        contents=contents,
+        dtype=dtype,
+        device=device,
+        is_quantised=is_quantised,
+        input_bits=input_bits,
+    )
 
 
 def _open(path: Path) -> tuple[GgufFile | SafetensorsFolder, tuple[Path, ...]]:

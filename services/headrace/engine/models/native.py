@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from headrace.engine.models.decoder import StepInputs
+from headrace.engine.models.packed import PackedWeights
 from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec
 from headrace.engine.models.weights import WeightSource
 from headrace_kernels import native
@@ -26,13 +27,21 @@ class NativeDecoder:
     """The same computation as `headrace.engine.models.decoder.Decoder`, one library call per layer."""
 
     def __init__(
-        self, spec: ModelSpec, source: WeightSource, *, quantised: bool, most_threads: int, input_bits: int = 16
+        self,
+        spec: ModelSpec,
+        source: WeightSource,
+        packed: PackedWeights | None = None,
+        *,
+        quantised: bool,
+        most_threads: int,
+        input_bits: int = 16,
     ) -> None:
         """Read and pack all weights.
 
         Args:
             spec: A model that `can_run` accepts.
             source: Its weights.
+            packed: Where packed ones are taken from and left; None packs all.
             quantised: Whether weights stay in the grid of the file where it has one; else they become bf16.
             most_threads: Threads to start.
             input_bits: What the inputs of int4 weights are rounded to, 16 or 8. Queries, keys and values always get
@@ -45,7 +54,7 @@ class NativeDecoder:
         self._spec = spec
         self._machine = native.Machine(most_threads)
         self._all_threads = lambda: most_threads
-        builder = _Builder(spec, source, quantised=quantised, input_bits=input_bits)
+        builder = _Builder(spec, source, packed or PackedWeights(), quantised=quantised, input_bits=input_bits)
         self._program = builder.build()
         self._operations = self._program.operations()
         self._layer_ends = builder.layer_ends
@@ -104,10 +113,13 @@ class NativeDecoder:
 class _Builder:
     """Writes the program of a model, layer by layer, in the order of `decoder.py`."""
 
-    def __init__(self, spec: ModelSpec, source: WeightSource, *, quantised: bool, input_bits: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, source: WeightSource, packed: PackedWeights, *, quantised: bool, input_bits: int
+    ) -> None:
         self._spec = spec
         self._input_bits = input_bits
         self._source = source
+        self._packed = packed
         self._quantised = quantised
         self._program = native.Program()
         self.ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
@@ -117,14 +129,16 @@ class _Builder:
         """Return the program; `layer_ends` then tells where each layer ends."""
         spec = self._spec
         table_shape = (spec.vocab_size, spec.hidden_size)
-        table = Panels(self._weight("embedding", table_shape))
+        table = Panels(self._packed.get("embedding", lambda: self._weight("embedding", table_shape)))
         scale = spec.hidden_size**0.5 if spec.architecture.scales_embedding else 1.0
         self._program.embed(table, Buffer.HIDDEN, scale)
         for index, layer in enumerate(spec.layers):
             self._attention(index, layer)
             self._mlp(index)
             self.layer_ends.append(len(self._program))
-        head = table if spec.is_tied else Panels(self._weight("head", table_shape))
+        head = table
+        if not spec.is_tied:
+            head = Panels(self._packed.get("head", lambda: self._weight("head", table_shape)))
         self._program.linear(head, Buffer.HIDDEN, Buffer.LOGITS, norm=self._norm("norm"))
         self.layer_ends.append(len(self._program))
         return self._program
@@ -132,8 +146,9 @@ class _Builder:
     def _attention(self, index: int, layer: LayerSpec) -> None:
         spec = self._spec
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        qkv = self._weights({"q": q_size, "k": kv_size, "v": kv_size}, spec.hidden_size, index)
-        bias = self._biases({"q": q_size, "k": kv_size, "v": kv_size}, index) if spec.has_qkv_bias else None
+        sizes = {"q": q_size, "k": kv_size, "v": kv_size}
+        qkv = self._packed.get(f"{index}.qkv", lambda: self._weights(sizes, spec.hidden_size, index))
+        bias = self._biases(sizes, index) if spec.has_qkv_bias else None
         self._program.linear(
             Panels(qkv), Buffer.HIDDEN, Buffer.QKV, norm=self._norm("attention_norm", index), bias=bias
         )
@@ -155,26 +170,26 @@ class _Builder:
             self._norm("q_norm", index, spec.head_dim)[0] if has_head_norms else None,
             self._norm("k_norm", index, spec.head_dim)[0] if has_head_norms else None,
         )
-        output = self._weights({"output": spec.hidden_size}, q_size, index)
+        output = self._packed.get(f"{index}.output", lambda: self._weight("output", (spec.hidden_size, q_size), index))
         bias = self._biases({"output": spec.hidden_size}, index) if spec.has_output_bias else None
         self._add(Panels(output, self._input_bits), Buffer.ATTENDED, bias, "attention_post_norm", index)
 
     def _mlp(self, index: int) -> None:
         spec = self._spec
-        gate = self._weight("gate", (spec.mlp_size, spec.hidden_size), index)
-        up = self._weight("up", (spec.mlp_size, spec.hidden_size), index)
+        gated = self._packed.get(f"{index}.gated", lambda: self._gated(index))
         bias = None
         if spec.has_mlp_bias:
             bias = native.interleave(self._bias("gate", spec.mlp_size, index), self._bias("up", spec.mlp_size, index))
         self._program.linear(
-            Panels(_gated(gate, up), self._input_bits),
+            Panels(gated, self._input_bits),
             Buffer.HIDDEN,
             Buffer.GATED,
             epilogue=_GATES[spec.activation],
             norm=self._norm("mlp_norm", index),
             bias=bias,
         )
-        down = self._weights({"down": spec.hidden_size}, spec.mlp_size, index)
+        shape = (spec.hidden_size, spec.mlp_size)
+        down = self._packed.get(f"{index}.down", lambda: self._weight("down", shape, index))
         bias = self._bias("down", spec.hidden_size, index) if spec.has_mlp_bias else None
         self._add(Panels(down, self._input_bits), Buffer.GATED, bias, "mlp_post_norm", index)
 
@@ -189,6 +204,17 @@ class _Builder:
     def _norm(self, name: str, layer: int | None = None, size: int | None = None) -> tuple[torch.Tensor, float]:
         shape = (self._spec.hidden_size if size is None else size,)
         return self._source.read(name, shape, layer).float() + self._spec.norm_offset, self._spec.norm_eps
+
+    def _gated(self, layer: int) -> Grid | torch.Tensor:
+        """Return gate and up in the order of gated epilogues."""
+        shape = (self._spec.mlp_size, self._spec.hidden_size)
+        gate, up = (self._weight(name, shape, layer) for name in ("gate", "up"))
+        if isinstance(gate, Grid) and isinstance(up, Grid):
+            joined = native.join([gate, up])
+            if joined is not None:
+                index = torch.arange(shape[0])
+                return joined.rows(native.interleave(index, index + shape[0]))
+        return native.interleave(_dense(gate), _dense(up))
 
     def _weights(self, sizes: dict[str, int], in_size: int, layer: int) -> Grid | torch.Tensor:
         """Return weights below each other, in their grid if all have the same."""
@@ -210,13 +236,3 @@ class _Builder:
 
 def _dense(weight: Grid | torch.Tensor) -> torch.Tensor:
     return weight.dequantise() if isinstance(weight, Grid) else weight
-
-
-def _gated(gate: Grid | torch.Tensor, up: Grid | torch.Tensor) -> Grid | torch.Tensor:
-    """Return gate and up in the order of gated epilogues."""
-    if isinstance(gate, Grid) and isinstance(up, Grid):
-        joined = native.join([gate, up])
-        if joined is not None:
-            index = torch.arange(gate.codes.shape[0])
-            return joined.rows(native.interleave(index, index + gate.codes.shape[0]))
-    return native.interleave(_dense(gate), _dense(up))
