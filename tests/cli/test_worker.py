@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from headrace.cli.worker import make_pack, shape_context, shape_maker, step_cost
+from headrace.cli.worker import build_machine, make_pack, shape_context, shape_maker, step_cost
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
@@ -17,7 +18,7 @@ from headrace.errors import ConfigError
 from headrace.techniques.prepacking.bins import FirstFitDecreasing
 from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.testing.runner import FakeRunner
-from headrace.worker.config import Pack, WorkerConfig, WorkerRole
+from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
 
 COST = CostModel(step_s=1e-2, prompt_s=1e-2, token_s=1e-3, pair_s=1e-7, decode_s=1e-3, context_s=1e-6)
 
@@ -58,6 +59,14 @@ def test_settings_of_shape_that_cannot_be_kept_are_refused(cost, settings):
 @pytest.mark.parametrize(("pack", "kind"), [(Pack.BINS, FirstFitDecreasing), (Pack.PAD, PaddedRows)])
 def test_a_worker_packs_as_its_setting_says(pack, kind):
     assert isinstance(make_pack(pack), kind)
+
+
+def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    config = WorkerConfig(name="w", role=WorkerRole.HYBRID, model=tmp_path, dtype=Dtype.INT4, cache_dir=tmp_path)
+    with pytest.raises(ConfigError, match="no quantised grid"):
+        build_machine(config)
 
 
 def test_varlen_packs_nothing():

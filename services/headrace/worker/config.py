@@ -104,7 +104,7 @@ class WorkerConfig:
     device: str = "cpu"
     threads: int = 0
     shared_cores: Path | None = None
-    give_way: float = 1.0
+    give_way: float = 0.5
     block_tokens: int = 16
     kv_memory_bytes: Count = 1 << 30
     max_running: Count = 64
