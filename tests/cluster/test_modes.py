@@ -97,6 +97,7 @@ def test_any_chunk_size_equals_aggregated(start_cluster, aggregated, budget):
     check(start_cluster("prefill=1,decode=1", "fp32", f"worker.token_budget={budget}"), aggregated, concurrency=8)
 
 
+@pytest.mark.slow
 def test_chunks_in_bins_equal_aggregated(start_cluster, aggregated):
     """On one axis, the default, chunks lie in all other tests."""
     check(start_cluster("prefill=1,decode=1", "fp32", "worker.pack=bins"), aggregated, concurrency=8)
