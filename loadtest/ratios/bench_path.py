@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 from drive import Answer, Figures, drive, summarise
 from harness import compare, report
-from workloads import WORKLOADS, Ask
+from workloads import WORKLOADS, Ask, Workload
 
 from headrace.cli.layout import bundled_model
 from headrace.cli.worker import build_machine
@@ -104,6 +104,20 @@ class BareEngine:
         )
 
 
+class Way:
+    """One way to answer a workload, and what it took each time."""
+
+    def __init__(self, workload: Workload, drive_all: Callable[[list[Ask], int], Figures]) -> None:
+        self._workload = workload
+        self._drive_all = drive_all
+        self.found: list[Figures] = []
+
+    def __call__(self, seed: int) -> float:
+        """Run the workload once and return its figure."""
+        self.found.append(self._drive_all(self._workload.asks(seed), self._workload.users))
+        return float(getattr(self.found[-1], self._workload.figure))
+
+
 def bench(pairs: int, seed: int, dtype: str, results: Path | None) -> None:
     """Print a ratio per workload: time per token of one stream, seconds per token of a crowd."""
     bare = BareEngine(dtype)
@@ -111,33 +125,20 @@ def bench(pairs: int, seed: int, dtype: str, results: Path | None) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = stack.enter_context(LocalCluster(folder, dtype=dtype))
         model = str(httpx.get(f"{cluster.http}/v1/models", trust_env=False).json()["data"][0]["id"])
-        for name in WORK:
-            workload = WORKLOADS[name]
-            ways: dict[str, Callable[[int], Figures]] = {
-                "bare engine": lambda pair, w=workload: bare.drive(w.asks(pair), w.users),  # type: ignore[misc]
-                "headrace over HTTP": lambda pair, w=workload: asyncio.run(  # type: ignore[misc]
-                    drive(cluster.http, model, w.asks(pair), w.users)
-                ),
-            }
-            figures: dict[str, list[Figures]] = {way: [] for way in ways}
 
-            def figure(way: str, pair: int) -> float:
-                figures[way].append(ways[way](pair))
-                return float(getattr(figures[way][-1], workload.figure))
+        def over_http(asks: list[Ask], users: int) -> Figures:
+            return asyncio.run(drive(cluster.http, model, asks, users))
 
-            for way, run in ways.items():
-                run(seed - 1)
-            ratio = compare(
-                f"{name} {workload.figure}, {dtype}",
-                baseline=("bare engine", lambda pair: figure("bare engine", pair)),
-                candidate=("headrace over HTTP", lambda pair: figure("headrace over HTTP", pair)),
-                pairs=pairs,
-                seed=seed,
-            )
-            report(ratio, results)
-            for way, runs in figures.items():
-                first_s = statistics.median(run.ttft_p50_s for run in runs)
-                print(f"  {way}: first token p50 {first_s:.3f} s")
+        for workload in (WORKLOADS[name] for name in WORK):
+            ways = {"bare engine": Way(workload, bare.drive), "headrace over HTTP": Way(workload, over_http)}
+            for way in ways.values():
+                way(seed - 1)
+            baseline, candidate = ways.items()
+            name = f"{workload.name} {workload.figure}, {dtype}"
+            report(compare(name, baseline=baseline, candidate=candidate, pairs=pairs, seed=seed), results)
+            for way_name, way in ways.items():
+                first_s = statistics.median(run.ttft_p50_s for run in way.found[1:])
+                print(f"  {way_name}: first token p50 {first_s:.3f} s")
 
 
 if __name__ == "__main__":
