@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from hypothesis import given
@@ -239,6 +240,7 @@ def test_any_text_is_a_value_or_a_config_error(text: str, name: str) -> None:
 class Bounded:
     grpc_port: settings.Port = 50000
     bytes: settings.Count | None = None
+    share: Annotated[float, settings.Between(0.0, 100.0)] = 0.5
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,9 @@ class Bounded:
         ("grpc_port", "-1", "worker.grpc_port wants a whole number from 0 to 65535, found "),
         ("grpc_port", "x", "worker.grpc_port wants a whole number from 0 to 65535, found "),
         ("bytes", "0", "worker.bytes wants a whole number from 1 up or none, found "),
+        ("share", "-1", "worker.share wants a number from 0.0 to 100.0, found "),
+        ("share", "inf", "worker.share wants a number from 0.0 to 100.0, found "),
+        ("share", "nan", "worker.share wants a number from 0.0 to 100.0, found "),
     ],
 )
 def test_a_number_out_of_its_bounds_is_refused_from_every_source(

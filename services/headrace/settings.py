@@ -39,15 +39,19 @@ SECTIONS = frozenset({"router", "worker", "kvstore", "run", "client"})
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """Bounds of a whole number, both allowed; `most` None is no upper one. Stands in a field's `Annotated` type."""
+    """Bounds of a number, both allowed; `most` None is no upper one. Stands in a field's `Annotated` type.
 
-    least: int
-    most: int | None = None
+    The number is a whole one if `least` is.
+    """
+
+    least: float
+    most: float | None = None
 
     def __str__(self) -> str:
-        return f"a whole number from {self.least} " + ("up" if self.most is None else f"to {self.most}")
+        word = "a number" if isinstance(self.least, float) else "a whole number"
+        return f"{word} from {self.least} " + ("up" if self.most is None else f"to {self.most}")
 
-    def holds(self, value: int) -> bool:
+    def holds(self, value: float) -> bool:
         """Return whether a value lies within."""
         return self.least <= value and (self.most is None or value <= self.most)
 
@@ -363,10 +367,7 @@ def _check(value: object, kind: object) -> object:
     if value is None and is_optional:
         return None
     if typing.get_origin(inner) is Annotated:
-        plain, bounds = typing.get_args(inner)
-        if type(value) is not plain or not bounds.holds(value):
-            raise _Unfit(f"{bounds} or none" if is_optional else str(bounds))
-        return value
+        return _within(value, *typing.get_args(inner), is_optional=is_optional)
     if typing.get_origin(inner) is tuple:
         item = typing.get_args(inner)[0]
         if not isinstance(value, list):
@@ -380,6 +381,14 @@ def _check(value: object, kind: object) -> object:
         return float(value)
     if type(value) is not inner or value != value:  # NaN is never meant
         raise _Unfit(_named(inner) + (" or none" if is_optional else ""))
+    return value
+
+
+def _within(value: object, kind: type, bounds: Between, *, is_optional: bool) -> object:
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, int | float) or type(value) is not kind or not bounds.holds(value):
+        raise _Unfit(f"{bounds} or none" if is_optional else str(bounds))
     return value
 
 

@@ -4,8 +4,9 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
-from headrace.settings import Count, Port
+from headrace.settings import Between, Count, Port
 
 _QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
@@ -104,15 +105,15 @@ class WorkerConfig:
     device: str = "cpu"
     threads: int = 0
     shared_cores: Path | None = None
-    give_way: float = 0.5
+    give_way: Annotated[float, Between(0.0, 100.0)] = 0.5
     block_tokens: int = 16
     kv_memory_bytes: Count = 1 << 30
     max_running: Count = 64
     shape: str = "sarathi"
     token_budget: Count = 512
-    tbt_target_ms: float | None = None
+    tbt_target_ms: Annotated[float, Between(1.0, 60_000.0)] | None = None
     dynamic_chunks: bool = False
-    calibrate_s: float = 1.2
+    calibrate_s: Annotated[float, Between(0.0, 60.0)] = 1.2
     pack: Pack = Pack.VARLEN
     kvstore: str | None = None
     peers: tuple[str, ...] = ()

@@ -40,6 +40,25 @@ def test_a_build_is_kept_and_another_one_made_for_other_flags(compiler, tmp_path
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".so", ".so"]
 
 
+@pytest.mark.parametrize("damage", [b"", b"other bytes", None])
+def test_a_damaged_build_is_made_anew(compiler, tmp_path, damage):
+    compiler('while [ "$1" != -o ]; do shift; done; echo built > "$2"')
+    path = build()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] if damage is None else damage)
+    assert build() == path
+    assert path.read_bytes() == whole
+    assert (tmp_path / "calls").read_text() == "called\n" * 2
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(compiler, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    compiler("exit 0")
+    with pytest.raises(NativeUnavailable, match="cache cannot be used"):
+        library()
+    assert not is_available()
+
+
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(compiler, tmp_path):
     compiler("echo no such flag >&2; exit 1")
     with pytest.raises(NativeUnavailable, match="no such flag"):
