@@ -1,8 +1,9 @@
 """Packed weights kept between starts: the same bits, used only when whole and of this model."""
 
 import logging
-import multiprocessing
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,23 +146,31 @@ def test_a_folder_that_cannot_be_made_costs_a_warning_alone(tmp_path, caplog):
     assert "packed weights not kept" in caplog.text
 
 
-def start(folder, barrier, queue):
-    barrier.wait(60)
-    num_packed = []
-    panels, _ = keep(folder, lambda name: (num_packed.append(name), WEIGHTS[name])[1])
-    queue.put((len(num_packed), {name: bytes(one.data.numpy()) for name, one in panels.items()}))
+STARTED = """
+import hashlib, runpy, sys
+from pathlib import Path
+here = runpy.run_path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+packed = []
+panels, _ = here["keep"](Path(sys.argv[2]), lambda name: (packed.append(name), here["WEIGHTS"][name])[1])
+print(len(packed), hashlib.sha256(b"".join(bytes(panels[name].data.numpy()) for name in sorted(panels))).hexdigest())
+"""
 
 
 def test_of_processes_that_start_together_one_packs_and_all_have_the_same(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(2), context.Queue()
-    started = [context.Process(target=start, args=(tmp_path, barrier, queue)) for _ in range(2)]
+    command = [sys.executable, "-c", STARTED, __file__, str(tmp_path)]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        for _ in range(2)
+    ]
     for process in started:
-        process.start()
-    found = [queue.get(timeout=100) for _ in started]
+        assert process.stdout.readline() == "ready\n"
     for process in started:
-        process.join(60)
-    assert sorted(number for number, _ in found) == [0, len(WEIGHTS)]
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = [process.communicate(timeout=100)[0].split() for process in started]
+    assert sorted(int(number) for number, _ in found) == [0, len(WEIGHTS)]
     assert found[0][1] == found[1][1]
     assert len(files(tmp_path)) == 1
 
