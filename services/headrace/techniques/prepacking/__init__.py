@@ -16,6 +16,6 @@ TECHNIQUE = Technique(
     paper="arXiv:2404.09529; AISTATS 2025",
     url="https://arxiv.org/abs/2404.09529",
     is_lossless=True,
-    measured="0.33 of padding's tokens, 0.32 of its seconds; no gain over varlen (2-core Zen 3, 2026-11-21)",
+    measured="0.33 of padding's tokens, 0.31 of its seconds; no gain over varlen (2-core Zen 3, 2026-11-21)",
     pack=_pack,
 )
