@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from drive import Figures, drive
-from floors import Rates, floor, measure
+from floors import floor
 from harness import commit, machine
+from rates import Rates, measure
 from servers import Headrace, LlamaServer, Server, Vllm, openvino, transformers
 from workloads import WORKLOADS, Workload
 
@@ -129,9 +130,7 @@ def main() -> None:
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     rates = measure()
     print(f"{machine()}; commit {commit()}; {date}; seed {options.seed}")
-    print(
-        f"memory read {rates.read_bytes_s / 1e9:.1f} GB/s, fp32 products {rates.flop_s / 1e9:.0f} GFLOP/s (all cores)"
-    )
+    print(f"{rates} (all cores)")
     found: dict[str, Found] = {}
     try:
         for name in options.workloads.split(","):

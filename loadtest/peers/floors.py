@@ -6,12 +6,10 @@ once. Products count at the rate of fp32: engines that multiply integers may com
 """
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import takewhile
 
-import torch
+from rates import Rates
 from workloads import Ask, Workload
 
 LINEAR_FLOP = 2 * 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -20,35 +18,6 @@ HEAD_FLOP = 2 * 576 * 49_152
 """Of the logits of one token."""
 ATTENTION_FLOP = 30 * 2 * 2 * 576 // 2
 """Times the square of the length: scores and sums of 9 heads of 64 in 30 layers, half of them masked."""
-
-READ_BYTES = 1 << 29
-MATRIX = 2048
-REPEATS = 7
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rates:
-    """What the machine does on all cores while nothing else runs.
-
-    Attributes:
-        read_bytes_s: Bytes per second read from memory.
-        flop_s: fp32 operations per second in a large matrix product; a multiply-add is two.
-    """
-
-    read_bytes_s: float
-    flop_s: float
-
-    def floor_s(self, read_bytes: float, flop: float) -> float:
-        """Return the seconds of the slower of reading and computing."""
-        return max(read_bytes / self.read_bytes_s, flop / self.flop_s)
-
-
-def measure() -> Rates:
-    """Return the best rates of a few tries: reads by a matrix-vector product and by a sum, whichever is faster."""
-    data = torch.ones(READ_BYTES // 4 // MATRIX, MATRIX)
-    vector, square = torch.ones(MATRIX), torch.ones(MATRIX, MATRIX)
-    read_s = min(_least_s(lambda: torch.mv(data, vector)), _least_s(lambda: data.sum()))
-    return Rates(read_bytes_s=READ_BYTES / read_s, flop_s=2 * MATRIX**3 / _least_s(lambda: square @ square))
 
 
 def floor(workload: Workload, asks: Sequence[Ask], rates: Rates, weights_bytes: int) -> float:
@@ -89,12 +58,3 @@ def _shared(ask: Ask, earlier: Sequence[Ask]) -> int:
         for other in earlier
     )
     return max(lengths, default=0)
-
-
-def _least_s(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(REPEATS):
-        begun_s = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun_s)
-    return min(times)

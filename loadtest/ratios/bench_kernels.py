@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from harness import commit, machine
-from rounds import Bench, Calls, measure_floors
+from rates import measure
+from rounds import Bench, Calls
 from torch.nn import functional
 
 from headrace_kernels import native
@@ -352,13 +353,13 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(sorted(parts - set(PARTS)))}")
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    floors = measure_floors()
+    rates = measure()
     print(
         f"{machine()}; {options.threads} threads; load {os.getloadavg()[0]:.1f}; commit {commit()}; "
         f"{datetime.datetime.now(tz=datetime.UTC).date()}; seed {options.seed}; {options.rounds} rounds; "
-        f"torch {torch.__version__}\nfloors: {floors}"
+        f"torch {torch.__version__}\nfloors: {rates}"
     )
-    bench = Bench(num_rounds=options.rounds, seed=options.seed, floors=floors, results=options.results)
+    bench = Bench(num_rounds=options.rounds, seed=options.seed, rates=rates, results=options.results)
     if "linear" in parts:
         bench_linear(bench, options.threads, options.rows)
     if "decode" in parts:
@@ -367,7 +368,7 @@ def main() -> None:
         bench_prefill(bench, options.threads, options.slow_bf16)
     if "small" in parts:
         bench_small(bench, options.threads, options.rows)
-    print(f"floors at the end: {measure_floors()}; load {os.getloadavg()[0]:.1f}")
+    print(f"floors at the end: {measure()}; load {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

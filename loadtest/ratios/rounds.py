@@ -1,4 +1,4 @@
-"""Several ways to do one thing, timed in rounds, and what the machine could do at best."""
+"""Several ways to do one thing, timed in rounds."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from harness import Ratio, compare, record
+from rates import Rates
 
 FIGURE_S = 0.005
 """Calls that take less are repeated until a figure takes as long."""
@@ -19,35 +19,6 @@ PAUSE_S = 0.002
 
 Calls = Callable[[int], None]
 """Does the thing that many times."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Floors:
-    """The best that a plain torch call reaches on this machine, measured in the same run.
-
-    Attributes:
-        flops_per_s: fp32 multiplications and additions, in a product of large matrices.
-        bytes_per_s: Read from memory, in the sum of a large tensor.
-    """
-
-    flops_per_s: float
-    bytes_per_s: float
-
-    def __str__(self) -> str:
-        return f"{self.flops_per_s / 1e9:.1f} GFLOP/s fp32, {self.bytes_per_s / 1e9:.1f} GB/s read"
-
-    def seconds(self, work: Mapping[str, float]) -> float:
-        """Return the least time that work of some `flops` and `bytes` could take."""
-        return max(work["flops"] / self.flops_per_s, work["bytes"] / self.bytes_per_s)
-
-
-def measure_floors() -> Floors:
-    """Time a product of 2048 x 2048 matrices and the sum of 512 MiB."""
-    side, size = 2048, 1 << 27
-    matrix, vector = torch.randn(side, side), torch.ones(size)
-    product_s = min(seconds_of(lambda _: torch.mm(matrix, matrix), 1) for _ in range(5))
-    sum_s = min(seconds_of(lambda _: vector.sum(), 1) for _ in range(5))
-    return Floors(flops_per_s=2 * side**3 / product_s, bytes_per_s=4 * size / sum_s)
 
 
 def seconds_of(calls: Callable[[int], object], count: int) -> float:
@@ -80,7 +51,7 @@ class Bench:
 
     num_rounds: int
     seed: int
-    floors: Floors
+    rates: Rates
     results: Path | None
 
     def run(self, what: str, kernels: Mapping[str, tuple[Calls, dict[str, float]]], peers: Mapping[str, Calls]) -> None:
@@ -98,9 +69,10 @@ class Bench:
                 if self.results is not None:
                     record(ratio, self.results)
             took_s = ratios[0].candidate
+            floor_s = self.rates.floor_s(work["bytes"], work["flops"])
             print(
                 f"{what:34} {name:12} {took_s * 1e6:10.1f} us {work['flops'] / took_s / 1e9:7.1f} GFLOP/s "
-                f"{work['bytes'] / took_s / 1e9:6.1f} GB/s {took_s / self.floors.seconds(work):7.2f}x floor "
+                f"{work['bytes'] / took_s / 1e9:6.1f} GB/s {took_s / floor_s:7.2f}x floor "
                 + "".join(
                     f"  /{each.baseline_name} {each.ratio:.3f} [{each.low:.3f}, {each.high:.3f}]" for each in ratios
                 ),
@@ -119,5 +91,5 @@ class Bench:
             candidate=(name, partial(figure, name)),
             pairs=self.num_rounds,
             seed=self.seed,
-            work=lambda: {**work, "floor_s": self.floors.seconds(work)},
+            work=lambda: {**work, "floor_s": self.rates.floor_s(work["bytes"], work["flops"])},
         )

@@ -14,9 +14,9 @@ LONGEST_IN_PEER_S = 60.0
 PEER = """
 import sys, time
 from pathlib import Path
-from headrace.engine import cores
-cores.LONGEST_REST_S = 60.0
-cores = cores.Cores(4, Path(sys.argv[1]), comes_first=sys.argv[2] == "first", give_way=0.02)
+from headrace.engine import cores as module
+module.LONGEST_REST_S = 60.0
+cores = module.Cores(4, Path(sys.argv[1]), comes_first=sys.argv[2] == "first", give_way=0.02)
 for line in sys.stdin:
     words = line.split()
     match words[0]:
@@ -28,6 +28,9 @@ for line in sys.stdin:
             begun_s = time.monotonic()
             cores.end_step(float(words[1]), 1)
             print(time.monotonic() - begun_s, flush=True)
+            continue
+        case "users":
+            print(module._num_locked(cores._file, module._USERS, 256 * module.MOST_USERS), flush=True)
             continue
         case "turn":
             print(int(cores._take_turn(cores._file, 0.0)), flush=True)
@@ -169,6 +172,21 @@ def test_a_worker_rests_after_a_step_for_each_user_who_waits_for_one_that_comes_
             assert peer.rest(1.0) >= least_s
         assert prompts.share() == 2
         prompts.close()
+
+
+def test_users_of_an_earlier_crowd_are_forgotten(shared, start):
+    prompts, peer = Cores(4, shared, comes_first=True), start()
+    with prompts:
+        prompts.end_step(0.0, 8)
+        assert count_locked(peer) == 8
+    assert count_locked(peer) == 0
+    with prompts:
+        assert count_locked(peer) == 1
+    prompts.close()
+
+
+def count_locked(peer):
+    return peer.tell("users")
 
 
 def test_a_rest_ends_when_nobody_waits_any_more_and_gives_the_cores_away_until_then(shared, start):

@@ -62,7 +62,7 @@ class Cores:
         self._most = threads or torch.get_num_threads()
         self._comes_first = comes_first
         self._give_way = give_way
-        self._num_users = 1
+        self._num_users = 0
         self._file: int | None = None
         if shared is not None:
             self._file, self._seat = _take_seat(shared)
@@ -76,9 +76,9 @@ class Cores:
     def __enter__(self) -> Self:
         """Begin to compute."""
         if self._file is not None:
-            self._lock(fcntl.LOCK_EX, MOST_SEATS + self._seat)
+            _lock(self._file, MOST_SEATS + self._seat)
             if self._comes_first:
-                self._lock(fcntl.LOCK_EX, self._first_user, self._num_users)
+                self._tell(self._file, 1)
         return self
 
     def __exit__(
@@ -86,9 +86,9 @@ class Cores:
     ) -> None:
         """End computing: the cores go to others."""
         if self._file is not None:
-            self._lock(fcntl.LOCK_UN, MOST_SEATS + self._seat)
+            _unlock(self._file, MOST_SEATS + self._seat)
             if self._comes_first:
-                self._lock(fcntl.LOCK_UN, self._first_user, MOST_USERS)
+                self._tell(self._file, 0)
 
     def end_step(self, step_s: float, num_users: int) -> None:
         """Tell how many users wait for this worker, if it comes first; let others have the cores, if they do.
@@ -105,10 +105,11 @@ class Cores:
             self._rest(self._file, step_s)
 
     def _tell(self, file: int, num_users: int) -> None:
+        first = _USERS + self._seat * MOST_USERS
         if num_users > self._num_users:
-            self._lock(fcntl.LOCK_EX, self._first_user, num_users)
+            _lock(file, first, num_users)
         elif num_users < self._num_users:
-            self._lock(fcntl.LOCK_UN, self._first_user + num_users, MOST_USERS - num_users)
+            _unlock(file, first + num_users, MOST_USERS - num_users)
         self._num_users = num_users
 
     def _rest(self, file: int, step_s: float) -> None:
@@ -120,14 +121,6 @@ class Cores:
         while (left_s := end_s - time.monotonic()) > 0 and _num_locked(file, _USERS, MOST_SEATS * MOST_USERS):
             time.sleep(min(left_s, REST_POLL_S))
         self.__enter__()
-
-    @property
-    def _first_user(self) -> int:
-        return _USERS + self._seat * MOST_USERS
-
-    def _lock(self, kind: int, first: int, count: int = 1) -> None:
-        if self._file is not None:
-            fcntl.lockf(self._file, kind if kind == fcntl.LOCK_UN else kind | fcntl.LOCK_NB, count, first)
 
     @contextmanager
     def turn(self, timeout_s: float) -> Iterator[None]:
@@ -161,6 +154,14 @@ class Cores:
     def num_others(self) -> int:
         """Return how many other workers compute now."""
         return 0 if self._file is None else _num_locked(self._file, MOST_SEATS, MOST_SEATS)
+
+
+def _lock(file: int, first: int, count: int = 1) -> None:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, count, first)
+
+
+def _unlock(file: int, first: int, count: int = 1) -> None:
+    fcntl.lockf(file, fcntl.LOCK_UN, count, first)
 
 
 def _num_locked(file: int, first: int, count: int) -> int:
