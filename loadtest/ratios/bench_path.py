@@ -20,13 +20,11 @@ from harness import compare, report
 from workloads import WORKLOADS, Ask, Workload
 
 from headrace.cli.layout import bundled_model
-from headrace.cli.worker import build_machine
+from headrace.cli.worker import build_engine, build_machine, shape_context, shape_maker
 from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.messages import Admitted, Begin, Close, EngineEvent, Failed, Goal, Open, Sampled
-from headrace.engine.scheduler import FirstComeFirstServed
-from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.testing.cluster import LocalCluster
 from headrace.worker.config import Dtype, WorkerConfig, WorkerRole
 
@@ -79,20 +77,8 @@ class BareEngine:
 
     def _engine(self) -> Engine:
         """Return a new engine on the same machine: nothing is cached from the last run."""
-        config = EngineConfig(
-            num_blocks=self._config.kv_memory_bytes // self._machine.arena.block_bytes,
-            token_budget=self._config.token_budget,
-            max_running=self._config.max_running,
-            fingerprint=self._machine.fingerprint,
-        )
-        return Engine(
-            self._machine.runner,
-            config,
-            order=FirstComeFirstServed(),
-            shape=ChunkedShape(),
-            clock=WallClock(),
-            on_cache_change=lambda _: None,
-        )
+        shape = shape_maker(self._config.shape)(shape_context(self._config, self._machine.cost))
+        return build_engine(self._config, self._machine, shape, WallClock(), lambda _: None)
 
     def _spec(self, ask: Ask, number: SequenceId) -> SequenceSpec:
         return SequenceSpec(

@@ -32,6 +32,7 @@ from headrace.engine.cost_file import CostFile, Instance, processor
 from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.messages import CacheChange
 from headrace.engine.models.loader import Model, load_model
+from headrace.engine.models.native import NativeDecoder
 from headrace.engine.packing import PAD_TOKENS, PaddedRows
 from headrace.engine.runner import ModelRunner
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
@@ -134,19 +135,19 @@ def build_machine(config: WorkerConfig) -> Machine:
     arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device, num_pad_blocks=num_pad_blocks)
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
-    kept = CostFile(folder, _instance(config, fingerprint))
+    kept = CostFile(folder, _instance(config, model, fingerprint))
     cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock())
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
 
 
-def _instance(config: WorkerConfig, fingerprint: str) -> Instance:
+def _instance(config: WorkerConfig, model: Model, fingerprint: str) -> Instance:
     return Instance(
         fingerprint=fingerprint,
         device=config.device,
         threads=config.threads or torch.get_num_threads(),
         pack=config.pack.value,
         processor=processor(),
-        kernels=native.build().name if native.is_available() else "",
+        kernels=native.build().name if isinstance(model.decoder, NativeDecoder) else "",
     )
 
 
@@ -234,7 +235,7 @@ def _assemble(
 ) -> Parts:
     clock, epoch, loop = WallClock(), secrets.token_hex(8), asyncio.get_running_loop()
     changes = CacheChanges(loop)
-    thread = EngineThread(_engine(config, machine, shape, clock, changes), clock, machine.cores)
+    thread = EngineThread(build_engine(config, machine, shape, clock, changes), clock, machine.cores)
     engine = AsyncEngine(thread, loop)
     connector = NixlConnector(f"{config.name}-{epoch}", _transfer_arena(machine.arena), epoch, clock)
     member = MemberParts(
@@ -323,9 +324,14 @@ class CacheChanges:
             self._loop.call_soon_threadsafe(self.listener, change)
 
 
-def _engine(
-    config: WorkerConfig, machine: Machine, shape: ShapePolicy, clock: WallClock, changes: CacheChanges
+def build_engine(
+    config: WorkerConfig,
+    machine: Machine,
+    shape: ShapePolicy,
+    clock: Clock,
+    on_cache_change: Callable[[CacheChange], None],
 ) -> Engine:
+    """Return a new engine over all blocks of a machine."""
     bounds = EngineConfig(
         num_blocks=machine.arena.num_blocks - NUM_SCRATCH_BLOCKS,
         token_budget=config.token_budget,
@@ -334,7 +340,7 @@ def _engine(
         cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
     )
     order = FirstComeFirstServed()
-    return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=changes)
+    return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=on_cache_change)
 
 
 def _transfer_arena(arena: KvArena) -> Arena:
