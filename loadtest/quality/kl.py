@@ -9,16 +9,16 @@ from pydoc_data import topics
 import torch
 
 from headrace.cli.layout import bundled_model
-from headrace.core.block import BlockId
 from headrace.engine.arena import KvArena
-from headrace.engine.batch import Batch, batch_item
-from headrace.engine.models.decoder import build_decoder
+from headrace.engine.models.decoder import StepInputs, build_decoder
 from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.loader import Model, load_model
-from headrace.engine.runner import ModelRunner
 from headrace.text.model import TextModel
+from headrace_kernels.attend import AttendPlan
+from headrace_kernels.write_kv import WritePlan
 
 WINDOW = 512
+BLOCK_TOKENS = 16
 CPU = torch.device("cpu")
 
 
@@ -30,15 +30,25 @@ def corpus(model: Path, num_tokens: int) -> list[list[int]]:
 
 
 def logits_of(model: Model, windows: list[list[int]]) -> Iterator[torch.Tensor]:
-    """Yield the logits after every token of each window."""
-    arena = KvArena(model.kv_layout(), WINDOW // 16, CPU)
-    runner = ModelRunner(model, arena)
-    table = [BlockId(i) for i in range(WINDOW // 16)]
+    """Yield the logits after every token of each window, computed as one prompt."""
+    arena = KvArena(model.kv_layout(), WINDOW // BLOCK_TOKENS, CPU)
+    index = torch.arange(WINDOW)
+    blocks = torch.arange(WINDOW // BLOCK_TOKENS).unsqueeze(0)
     for window in windows:
-        # An item per token, because a step gives the logits after the last token of each item; attention is thus
-        # that of decoding, the linear layers are those of a prompt.
-        items = (batch_item([token], place, table, sample=True) for place, token in enumerate(window))
-        yield runner.run(Batch(items=tuple(items))).clone()
+        step = StepInputs(
+            token_ids=torch.tensor(window),
+            positions=index,
+            write=WritePlan(blocks=index // BLOCK_TOKENS, slots=index % BLOCK_TOKENS),
+            attend=AttendPlan(
+                cu_seqlens=torch.tensor([0, WINDOW]),
+                block_tables=blocks,
+                kv_lengths=torch.tensor([WINDOW]),
+                slot_positions=None,
+            ),
+            sample_rows=index,
+        )
+        with torch.inference_mode():
+            yield model.decoder(step, arena.data).clone()
 
 
 def plain(path: Path, dtype: torch.dtype) -> Model:

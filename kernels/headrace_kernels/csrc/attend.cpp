@@ -1,30 +1,20 @@
-// Attention of a step, tile by tile, with the running softmax of FlashAttention-2 (arXiv:2307.08691, section 3.1)
-// and cuts along the keys as in Flash-Decoding where few sequences have many entries.
+// Attention of a step. Few queries read their keys in fp32 as they lie, with the running softmax of FlashAttention-2
+// (arXiv:2307.08691, section 3.1), cut along the keys as in Flash-Decoding where few sequences have many entries;
+// many queries go to prompt.cpp.
 #include "attend.h"
 
 #include <algorithm>
-#include <limits>
 
+#include "keys.h"
 #include "lanes.h"
 #include "linear.h"
-#include "tile.h"
+#include "prompt.h"
 
 namespace headrace {
 namespace {
 
-constexpr int64_t kKeys = 64;         // keys of a tile
-constexpr int64_t kQueries = 32;      // tokens of a chunk that share a tile of keys
-constexpr int64_t kFewRows = 6;       // queries of a tile that read keys without spreading them
-constexpr int64_t kSplitKeys = 64;    // fewest entries of a cut along the keys
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
-int64_t entry_stride(const Attend& layer) { return static_cast<int64_t>(layer.kv_heads) * layer.head_dim; }
-
-// First element of a layer's keys (kind 0) or values (1) of one block.
-uint16_t* block_of(const Step& step, const Attend& layer, int64_t block, int kind) {
-    const int64_t kind_size = step.block_tokens * entry_stride(layer);
-    return step.arena + ((block * step.num_layers + layer.layer) * 2 + kind) * kind_size;
-}
+constexpr int64_t kFewRows = 6;      // queries of one KV head that share its keys as they lie
+constexpr int64_t kSplitKeys = 64;   // fewest entries of a cut along the keys
 
 void rotate(float* head, const float* cos, const float* sin, int64_t half) {
     for (int64_t i = 0; i < half; i += kLanes) {
@@ -46,27 +36,9 @@ void write_row(const Attend& layer, const Step& step, const Scratch& scratch, in
     }
     for (int kind = 0; kind < 2; ++kind) {
         const float* from = qkv + (layer.heads + kind * layer.kv_heads) * dim;
-        uint16_t* to = block_of(step, layer, step.write_blocks[row], kind) + step.write_slots[row] * entry_stride(layer);
+        uint16_t* block = block_of(step, layer, step.write_blocks[row], kind);
+        uint16_t* to = block + step.write_slots[row] * entry_stride(layer);
         for (int64_t i = 0; i < entry_stride(layer); ++i) to[i] = to_bf16(from[i]);
-    }
-}
-
-// out[j][i] = in[i][j] of eight vectors.
-void transpose8(const F8 (&in)[8], float* out, int64_t stride) {
-    F8 a[8], b[8];
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
-        a[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-        store(out + i * stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        store(out + (i + 4) * stride, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
     }
 }
 
@@ -77,8 +49,6 @@ struct Work {
     float* sums;      // [rows][dim]
     float* most;      // [rows]
     float* total;     // [rows]
-    float* keys;      // [dim][kKeys]
-    float* values;    // [kKeys][dim]
 
     // The part of one of several KV heads with `rows` queries each.
     Work of_head(int64_t index, int64_t rows, int64_t dim) const {
@@ -93,15 +63,13 @@ struct Work {
 
 Work work_for(Room<float>& room, int64_t rows, int64_t dim) {
     const int64_t padded = (rows + 7) / 8 * 8;
-    float* at = room.at_least(padded * (2 * dim + kKeys + 2) + 2 * dim * kKeys);
+    float* at = room.at_least(padded * (2 * dim + kKeys + 2));
     Work work{};
     work.queries = at;
     work.scores = work.queries + padded * dim;
     work.sums = work.scores + padded * kKeys;
     work.most = work.sums + padded * dim;
     work.total = work.most + padded;
-    work.keys = work.total + padded;
-    work.values = work.keys + dim * kKeys;
     return work;
 }
 
@@ -121,35 +89,18 @@ struct Keys {
     }
 };
 
-// Finds `count` entries from `begin` on and asks for their memory.
-void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t kv_head, int64_t num_heads,
-               int64_t begin, int64_t count, Keys& found) {
-    const int64_t dim = layer.head_dim, stride = entry_stride(layer);
-    const int64_t* table = step.block_tables + sequence * step.table_width;
+// Finds `count` entries from `begin` on, of the first KV head, and asks for the memory of all.
+void find_keys(const Attend& layer, const Step& step, int64_t sequence, int64_t begin, int64_t count, Keys& found) {
     found.count = count;
     for (int64_t i = 0; i < count; ++i) {
-        const int64_t entry = begin + i, block = table[entry / step.block_tokens], slot = entry % step.block_tokens;
-        found.keys[i] = block_of(step, layer, block, 0) + slot * stride + kv_head * dim;
-        found.values[i] = block_of(step, layer, block, 1) + slot * stride + kv_head * dim;
-        for (int64_t d = 0; d < dim * num_heads; d += 32) {
-            _mm_prefetch(reinterpret_cast<const char*>(found.keys[i] + d), _MM_HINT_T0);
-            _mm_prefetch(reinterpret_cast<const char*>(found.values[i] + d), _MM_HINT_T0);
+        const Entry entry = find_entry(layer, step, sequence, 0, begin + i);
+        for (int64_t d = 0; d < entry_stride(layer); d += 32) {
+            _mm_prefetch(reinterpret_cast<const char*>(entry.key + d), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(entry.value + d), _MM_HINT_T0);
         }
-        found.positions[i] = step.slot_positions == nullptr ? static_cast<int32_t>(entry)
-                                                            : step.slot_positions[block * step.block_tokens + slot];
-    }
-}
-
-// Spreads a tile to fp32, keys transposed; what it lacks is zero.
-void spread(const Keys& found, int64_t dim, const Work& work) {
-    for (int64_t i = 0; i < found.count; ++i)
-        for (int64_t d = 0; d < dim; d += kLanes) store(work.values + i * dim + d, load_bf16(found.values[i] + d));
-    for (int64_t i = 0; i < kKeys; i += 8) {
-        for (int64_t d = 0; d < dim; d += 8) {
-            F8 rows[8];
-            for (int j = 0; j < 8; ++j) rows[j] = i + j < found.count ? load_bf16(found.keys[i + j] + d) : zero();
-            transpose8(rows, work.keys + d * kKeys + i, kKeys);
-        }
+        found.keys[i] = entry.key;
+        found.values[i] = entry.value;
+        found.positions[i] = entry.position;
     }
 }
 
@@ -158,13 +109,6 @@ void load_halves(const uint16_t* p, F8& even, F8& odd) {
     const I8 x = _mm256_loadu_si256(reinterpret_cast<const I8*>(p));
     even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-// The sums of eight vectors.
-F8 sums_of(const F8 (&x)[8]) {
-    const F8 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const F8 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
 // Scores of R queries, whose elements lie as `load_halves` gives them.
@@ -254,41 +198,15 @@ void deinterleave(float* x, int64_t dim) {
     }
 }
 
-bool is_hidden(const Attend& layer, int64_t query, int64_t key) {
-    return key > query || (layer.window > 0 && query - key >= layer.window);
-}
-
-// Whether every query of a tile sees every one of these keys; positions are indices.
-bool is_seen_by_all(const Attend& layer, int64_t first, int64_t last, int64_t begin, int64_t end) {
-    return end - 1 <= first && (layer.window == 0 || last - begin < layer.window);
-}
-
 // Adds one tile of keys to the running softmax.
 void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Keys& found, bool is_masked,
               const Work& work) {
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
-    const int64_t count = found.count;
-    const bool is_few = rows <= kFewRows;
-    if (is_few) {
-        with_rows(rows, [&]<int R>() { score_few<R>(found, work.queries, dim, work.scores); });
-    } else {
-        spread(found, dim, work);
-        std::fill(work.scores, work.scores + rows * kKeys, 0.0f);
-        for (int64_t key = 0; key < count; key += kPanel)
-            add_product(rows, work.queries, dim, work.keys + key, kKeys, work.scores + key, kKeys, dim);
-    }
+    with_rows(rows, [&]<int R>() { score_few<R>(found, work.queries, dim, work.scores); });
     for (int64_t row = 0; row < rows; ++row) {
         float* scores = work.scores + row * kKeys;
-        if (layer.soft_cap > 0)
-            for (int64_t i = 0; i < kKeys; i += kLanes)
-                store(scores + i, _mm256_mul_ps(tanh(_mm256_div_ps(load(scores + i), all(layer.soft_cap))),
-                                                all(layer.soft_cap)));
-        if (is_masked) {
-            const int64_t query = step.positions[tile.first_row + row / group];
-            for (int64_t i = 0; i < count; ++i)
-                if (is_hidden(layer, query, found.positions[i])) scores[i] = kHidden;
-        }
-        for (int64_t i = count; i < kKeys; ++i) scores[i] = kHidden;
+        const int64_t query = step.positions[tile.first_row + row / group];
+        cap_and_hide(layer, query, found.positions, found.count, is_masked, scores);
         F8 most = load(scores);
         for (int64_t i = kLanes; i < kKeys; i += kLanes) most = _mm256_max_ps(most, load(scores + i));
         const float before = work.most[row], now = std::max(before, greatest(most));
@@ -309,65 +227,53 @@ void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Key
             for (int64_t d = 0; d < dim; d += kLanes)
                 store(work.sums + row * dim + d, _mm256_mul_ps(load(work.sums + row * dim + d), all(factor)));
     }
-    if (is_few) {
-        with_rows(rows, [&]<int R>() { weigh_few<R>(found, work.scores, dim, work.sums); });
-        return;
-    }
-    for (int64_t d = 0; d < dim; d += kPanel)
-        add_product(rows, work.scores, kKeys, work.values + d, dim, work.sums + d, dim, count);
+    with_rows(rows, [&]<int R>() { weigh_few<R>(found, work.scores, dim, work.sums); });
 }
 
-// Attends for the queries of one tile.
+// Attends for the queries of one tile, in all heads.
 void attend(const Attend& layer, const Step& step, const Tile& tile, Scratch& scratch, ThreadRoom& room) {
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
-    const int64_t first_head = std::max<int64_t>(tile.kv_head, 0);
-    const int64_t num_heads = tile.kv_head < 0 ? layer.kv_heads : 1;
-    const int64_t width = layer.heads + 2 * layer.kv_heads;
-    const bool is_few = rows <= kFewRows;
-    const Work all_work = work_for(room.attend, rows * num_heads, dim);
-    for (int64_t row = 0; row < rows * num_heads; ++row) {
-        const int64_t head = (first_head + row / rows) * group + row % group;
-        const float* q = step.buffers[layer.source] + ((tile.first_row + row % rows / group) * width + head) * dim;
+    const int64_t width = layer.heads + 2 * layer.kv_heads, all_rows = rows * layer.kv_heads;
+    const Work all_work = work_for(room.attend, all_rows, dim);
+    const auto head_of = [&](int64_t row) { return row / rows * group + row % group; };
+    const auto token_of = [&](int64_t row) { return tile.first_row + row % rows / group; };
+    for (int64_t row = 0; row < all_rows; ++row) {
+        const float* q = step.buffers[layer.source] + (token_of(row) * width + head_of(row)) * dim;
         for (int64_t d = 0; d < dim; d += kLanes)
             store(all_work.queries + row * dim + d, _mm256_mul_ps(load(q + d), all(layer.scale)));
-        if (is_few) deinterleave(all_work.queries + row * dim, dim);
+        deinterleave(all_work.queries + row * dim, dim);
     }
-    std::fill(all_work.sums, all_work.sums + rows * num_heads * dim, 0.0f);
-    std::fill(all_work.most, all_work.most + rows * num_heads, kHidden);
-    std::fill(all_work.total, all_work.total + rows * num_heads, 0.0f);
+    std::fill(all_work.sums, all_work.sums + all_rows * dim, 0.0f);
+    std::fill(all_work.most, all_work.most + all_rows, kHidden);
+    std::fill(all_work.total, all_work.total + all_rows, 0.0f);
     const bool is_ordered = step.slot_positions == nullptr;
     const int64_t first = step.positions[tile.first_row], last = step.positions[tile.first_row + tile.num_rows - 1];
     const int64_t end = is_ordered ? std::min(tile.kv_end, last + 1) : tile.kv_end;
-    int64_t begin = tile.kv_begin;
-    if (is_ordered && layer.window > 0 && first >= begin + layer.window)
-        begin += (first - layer.window + 1 - begin) / kKeys * kKeys;
+    int64_t begin = is_ordered ? std::max(tile.kv_begin, first_seen(layer, first)) : tile.kv_begin;
     Keys found[2];  // the next run of keys travels from memory while this one is computed
-    if (begin < end)
-        find_keys(layer, step, tile.sequence, first_head, num_heads, begin, std::min(kKeys, end - begin), found[0]);
+    if (begin < end) find_keys(layer, step, tile.sequence, begin, std::min(kKeys, end - begin), found[0]);
     for (int turn = 0; begin < end; begin += kKeys, turn ^= 1) {
         const int64_t next = begin + kKeys;
         if (next < end)
-            find_keys(layer, step, tile.sequence, first_head, num_heads, next, std::min(kKeys, end - next),
-                      found[turn ^ 1]);
+            find_keys(layer, step, tile.sequence, next, std::min(kKeys, end - next), found[turn ^ 1]);
         const int64_t count = found[turn].count;
         const bool is_masked = !is_ordered || !is_seen_by_all(layer, first, last, begin, begin + count);
-        for (int64_t i = 0; i < num_heads; ++i) {
+        for (int64_t i = 0; i < layer.kv_heads; ++i) {
             add_keys(layer, step, tile, found[turn], is_masked, all_work.of_head(i, rows, dim));
             found[turn].next_head(dim);
         }
     }
-    for (int64_t row = 0; row < rows * num_heads; ++row) {
-        const int64_t head = (first_head + row / rows) * group + row % group;
+    for (int64_t row = 0; row < all_rows; ++row) {
         float* sums = all_work.sums + row * dim;
-        if (is_few) interleave(sums, dim);
+        interleave(sums, dim);
         if (tile.part >= 0) {
-            float* out = scratch.partial.get() + (tile.part * layer.heads + head) * (dim + 2);
+            float* out = scratch.partial.get() + (tile.part * layer.heads + head_of(row)) * (dim + 2);
             std::copy(sums, sums + dim, out);
             out[dim] = all_work.most[row];
             out[dim + 1] = all_work.total[row];
             continue;
         }
-        float* out = step.buffers[layer.target] + ((tile.first_row + row % rows / group) * layer.heads + head) * dim;
+        float* out = step.buffers[layer.target] + (token_of(row) * layer.heads + head_of(row)) * dim;
         const F8 factor = all(all_work.total[row] > 0 ? 1.0f / all_work.total[row] : 0.0f);
         for (int64_t d = 0; d < dim; d += kLanes) store(out + d, _mm256_mul_ps(load(sums + d), factor));
     }
@@ -393,7 +299,7 @@ void merge(const Attend& layer, const Step& step, const Scratch& scratch, const 
 
 }  // namespace
 
-void plan_attend(const Step& step, int threads, int group, int kv_heads, Scratch& scratch) {
+void plan_attend(const Step& step, int threads, int group, Scratch& scratch) {
     const int64_t half = step.rope_size;
     float* rotation = scratch.rotation.at_least(step.num_ropes * step.num_rows * 2 * half);
     for (int64_t rope = 0; rope < step.num_ropes; ++rope) {
@@ -405,26 +311,22 @@ void plan_attend(const Step& step, int threads, int group, int kv_heads, Scratch
             }
         }
     }
-    scratch.tiles.clear();
-    scratch.num_parts = 0;
+    scratch.clear();
     const bool is_scarce = threads > 1 && step.num_sequences < 2 * threads;
     for (int64_t s = 0; s < step.num_sequences; ++s) {
-        const int64_t begin = step.cu_seqlens[s], end = step.cu_seqlens[s + 1], entries = step.kv_lengths[s];
-        if (end - begin == 1 && group <= kFewRows) {
-            const int64_t wished = is_scarce ? std::min<int64_t>(entries / kSplitKeys, 2 * threads) : 1;
-            const int64_t parts = std::max<int64_t>(wished, 1);
-            const int64_t size = ((entries + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
-            const int64_t used = (entries + size - 1) / size;
-            for (int64_t i = 0; i < used; ++i)
-                scratch.tiles.push_back({s, begin, 1, -1, i * size, std::min(entries, (i + 1) * size),
-                                         used == 1 ? -1 : scratch.num_parts + i, i == 0 && used > 1 ? used : 0});
-            if (used > 1) scratch.num_parts += used;
+        const int64_t begin = step.cu_seqlens[s], count = step.cu_seqlens[s + 1] - begin, entries = step.kv_lengths[s];
+        if (count * group > kFewRows) {
+            plan_prompt(step, s, scratch);
             continue;
         }
-        // Backwards: the last queries see most keys, and the longest work should begin first.
-        for (int64_t row = begin + (end - begin - 1) / kQueries * kQueries; row >= begin; row -= kQueries)
-            for (int64_t head = 0; head < kv_heads; ++head)
-                scratch.tiles.push_back({s, row, std::min(kQueries, end - row), head, 0, entries, -1, 0});
+        const int64_t wished = is_scarce && count == 1 ? std::min<int64_t>(entries / kSplitKeys, 2 * threads) : 1;
+        const int64_t parts = std::max<int64_t>(wished, 1);
+        const int64_t size = ((entries + parts - 1) / parts + kKeys - 1) / kKeys * kKeys;
+        const int64_t used = (entries + size - 1) / size;
+        for (int64_t i = 0; i < used; ++i)
+            scratch.tiles.push_back({s, begin, count, i * size, std::min(entries, (i + 1) * size),
+                                     used == 1 ? -1 : scratch.num_parts + i, i == 0 && used > 1 ? used : 0});
+        if (used > 1) scratch.num_parts += used;
     }
 }
 
@@ -432,6 +334,7 @@ void run_attend(const Attend& layer, const Step& step, Scratch& scratch, Worker&
     for (int64_t row = worker.index; row < step.num_rows; row += worker.count) write_row(layer, step, scratch, row);
     if (worker.index == 0) scratch.partial.at_least(scratch.num_parts * layer.heads * (layer.head_dim + 2));
     worker.barrier();
+    attend_prompts(layer, step, scratch, worker);
     ThreadRoom& room = scratch.thread[static_cast<size_t>(worker.index)];
     const int64_t tiles = static_cast<int64_t>(scratch.tiles.size());
     for (int64_t item; (item = worker.claim(1)) < tiles;)

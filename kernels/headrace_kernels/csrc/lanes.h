@@ -44,10 +44,35 @@ inline uint16_t to_bf16(float x) {  // to nearest, ties to even
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Four bytes, in every four.
+inline I8 broadcast4(const void* codes) {
+    int32_t bytes;
+    std::memcpy(&bytes, codes, sizeof bytes);
+    return _mm256_set1_epi32(bytes);
+}
+
 inline float sum(F8 x) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// The sums of eight vectors.
+inline F8 sums_of(const F8 (&x)[8]) {
+    const F8 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const F8 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+// The greatest elements of eight vectors.
+inline F8 greatest_of(const F8 (&x)[8]) {
+    F8 four[4], two[2];
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm256_max_ps(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        two[i] = _mm256_max_ps(_mm256_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
+                               _mm256_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
+    return _mm256_max_ps(_mm256_permute2f128_ps(two[0], two[1], 0x20), _mm256_permute2f128_ps(two[0], two[1], 0x31));
 }
 
 inline float greatest(F8 x) {

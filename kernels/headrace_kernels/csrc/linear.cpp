@@ -3,7 +3,8 @@
 // Weights lie in panels of 16 outputs. int4 and int8 weights have a scale (int4 also a minimum) per output and 32
 // inputs; the inputs are rounded to int16 with a scale per row and the same 32 inputs, which is finer than bf16,
 // and the products of a block are summed exactly in int32. Nothing but masks and shifts lies between memory and
-// product, and four rows share them: faster than fp32, and than weights unpacked once in memory, for any number of rows.
+// product, and four rows share them: faster than fp32, and than weights unpacked once in memory, for any number of
+// rows.
 // Where a layer allows it, the inputs of int4 weights are rounded to int8: coarser than bf16, and twice as fast.
 //
 // Panel, per block of 32 inputs:
@@ -95,12 +96,6 @@ int64_t panel_bytes(int32_t format, int64_t in_size) {
 }
 
 const uint16_t* head_of(const uint8_t* block) { return reinterpret_cast<const uint16_t*>(block); }
-
-I8 broadcast4(const void* codes) {
-    int32_t bytes;
-    std::memcpy(&bytes, codes, sizeof bytes);
-    return _mm256_set1_epi32(bytes);
-}
 
 void write_codes(const I8 (&q)[4], int16_t* codes) {
     for (int i = 0; i < 4; i += 2) {
@@ -368,10 +363,10 @@ void run_linear(const Linear& layer, const Step& step, Scratch& scratch, Worker&
     } else {
         const int64_t row_bytes = layer.in_size * (layer.format == kBf16 ? 4 : has_byte_inputs(layer) ? 1 : 2);
         const int64_t most = std::max<int64_t>(kRowBytes / row_bytes / 12, 1) * 12;
-        const int64_t groups = (count + most - 1) / most;
-        float* products = own.attend.at_least(most * kPanel);
+        const int64_t groups = (count + most - 1) / most, group = (count + groups - 1) / groups;
+        float* products = own.attend.at_least(group * kPanel);
         for (int64_t item; (item = worker.claim(1)) < groups * panels;) {
-            const int64_t first = item / panels * most, panel = item % panels, size = std::min(most, count - first);
+            const int64_t first = item / panels * group, panel = item % panels, size = std::min(group, count - first);
             multiply(layer, weights + panel * bytes, rows, first, size, own, products);
             finish(layer, panel, products, size, target + first * stride);
         }
@@ -392,7 +387,8 @@ void run_embed(const Embed& layer, const Step& step, Worker& worker) {
                 value = from_bf16(reinterpret_cast<const uint16_t*>(panel)[k * kPanel + lane]);
             } else if (layer.format == kInt8) {
                 const uint8_t* at = panel + block * block_bytes<Int8>();
-                const auto code = static_cast<int8_t>(at[Int8::head_bytes + i / 2 * 32 + (pair_lane + i % 2) * 2 + half]);
+                const int64_t byte = i / 2 * 32 + (pair_lane + i % 2) * 2 + half;
+                const auto code = static_cast<int8_t>(at[Int8::head_bytes + byte]);
                 value = _cvtsh_ss(head_of(at)[lane]) * static_cast<float>(code);
             } else {
                 const uint8_t* at = panel + block * block_bytes<Int4>();

@@ -64,8 +64,8 @@ void* headrace_open(int threads) { return new (std::nothrow) headrace::Machine(t
 void headrace_close(void* machine) { delete static_cast<headrace::Machine*>(machine); }
 
 // Prepares what all layers of a step share; `group` is the number of query heads of a KV head.
-void headrace_begin(void* machine, const headrace::Step* step, int threads, int group, int kv_heads) {
-    headrace::plan_attend(*step, threads, group, kv_heads, static_cast<headrace::Machine*>(machine)->scratch);
+void headrace_begin(void* machine, const headrace::Step* step, int threads, int group) {
+    headrace::plan_attend(*step, threads, group, static_cast<headrace::Machine*>(machine)->scratch);
 }
 
 // Runs operations in order.

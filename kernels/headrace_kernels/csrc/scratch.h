@@ -45,16 +45,36 @@ struct Rows {
     float* sums;     // [rows, in_size / 32], scale * sum of codes
 };
 
-// Queries of one sequence that are attended together, over a range of its entries.
+// Few queries of one sequence, over a range of its entries.
 struct Tile {
     int64_t sequence;
     int64_t first_row;
     int64_t num_rows;
-    int64_t kv_head;  // -1: all of them, one after the other for each run of keys
     int64_t kv_begin;
     int64_t kv_end;
     int64_t part;   // place among the partial results, -1: the only one
     int64_t parts;  // on the first part: how many parts this tile was cut into
+};
+
+// A sequence of many queries.
+struct Prompt {
+    int64_t sequence;
+    int64_t first_row;
+    int64_t num_entries;
+    int64_t first_tile;  // of its keys
+};
+
+// The entries of a tile of keys begin here.
+struct KeyRun {
+    int64_t prompt;
+    int64_t entry;
+};
+
+// Queries of a prompt that share a tile of keys.
+struct PromptTile {
+    int64_t prompt;
+    int64_t first_row;
+    int64_t num_rows;
 };
 
 struct ThreadRoom {
@@ -68,12 +88,24 @@ struct ThreadRoom {
 struct Scratch {
     explicit Scratch(int threads) : thread(static_cast<size_t>(threads)) {}
 
+    void clear() {
+        tiles.clear();
+        prompts.clear();
+        key_tiles.clear();
+        prompt_tiles.clear();
+        num_parts = 0;
+    }
+
     Room<float> values;
     Room<int16_t> codes;
     Room<float> scales;
     Room<float> partial;
     Room<float> rotation;  // [ropes, rows, 2, head_dim / 2]: cos, sin
+    Room<uint8_t> spread;  // keys and values of all prompts, for the heads at work
     std::vector<Tile> tiles;
+    std::vector<Prompt> prompts;
+    std::vector<KeyRun> key_tiles;
+    std::vector<PromptTile> prompt_tiles;
     int64_t num_parts = 0;
     std::vector<ThreadRoom> thread;
 };

@@ -30,18 +30,23 @@ inline void add_product(const float* a, int64_t a_stride, const float* b, int64_
     }
 }
 
-// The same for any number of rows.
+// The same for any number of rows, in groups as equal as they can be: one or two rows alone would wait for their sums.
 inline void add_product(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                         int64_t c_stride, int64_t depth) {
-    for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
-        add_product<6>(a, a_stride, b, b_stride, c, c_stride, depth);
-    switch (rows) {
-        case 5: return add_product<5>(a, a_stride, b, b_stride, c, c_stride, depth);
-        case 4: return add_product<4>(a, a_stride, b, b_stride, c, c_stride, depth);
-        case 3: return add_product<3>(a, a_stride, b, b_stride, c, c_stride, depth);
-        case 2: return add_product<2>(a, a_stride, b, b_stride, c, c_stride, depth);
-        case 1: return add_product<1>(a, a_stride, b, b_stride, c, c_stride, depth);
-        default: return;
+    constexpr int64_t kMost = 6;
+    for (int64_t groups = (rows + kMost - 1) / kMost; groups > 0; --groups) {
+        const int64_t size = (rows + groups - 1) / groups;
+        switch (size) {
+            case 1: add_product<1>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+            case 2: add_product<2>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+            case 3: add_product<3>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+            case 4: add_product<4>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+            case 5: add_product<5>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+            default: add_product<6>(a, a_stride, b, b_stride, c, c_stride, depth); break;
+        }
+        rows -= size;
+        a += size * a_stride;
+        c += size * c_stride;
     }
 }
 

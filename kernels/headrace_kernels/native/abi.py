@@ -135,7 +135,7 @@ def declare(library: ctypes.CDLL) -> None:
     library.headrace_open.restype = ctypes.c_void_p
     library.headrace_close.argtypes = [ctypes.c_void_p]
     library.headrace_close.restype = None
-    library.headrace_begin.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step), *[ctypes.c_int] * 3]
+    library.headrace_begin.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step), *[ctypes.c_int] * 2]
     library.headrace_begin.restype = None
     library.headrace_run.argtypes = [
         ctypes.c_void_p,

@@ -9,6 +9,7 @@ from headrace_kernels.native import Buffer, abi
 from headrace_kernels.native.machine import Program
 
 LAYERS, LAYER = 3, 1
+FEW = 6  # queries of a KV head up to which products are in fp32
 # (queries, entries) of each sequence
 SHAPES = {
     "one_decode": [(1, 37)],
@@ -124,7 +125,9 @@ def check(case, run, scoring, norms=None, threads=3):
     # A rotated key may round to the other of two bf16 neighbours; nothing else may differ.
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
-    assert (found - wanted).abs().mean() < 2e-5
+    # Many queries compute with rounded integers: an eighth of what it costs to round values of this size to bf16.
+    is_exact = (case.cu_seqlens.diff() * case.heads // case.kv_heads <= FEW).all()
+    assert (found - wanted).abs().mean() < (2e-5 if is_exact else 5e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -164,3 +167,50 @@ def test_queries_and_keys_are_normalised_by_head(run):
 
 def test_large_scores_do_not_overflow(run):
     check(Case(SHAPES["mixed"], 6, 2, 32), run, plain_attend.Scoring(scale=200.0))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("chunk", [3, 17, 64, 150])
+def test_a_query_gets_the_same_bits_whatever_is_computed_with_it(chunk, window, run):
+    scoring = plain_attend.Scoring(scale=32**-0.5, window=window)
+    whole = Case([(200, 200)], 6, 2, 32)
+    arena = whole.arena.clone()
+    expected = whole.found(run, scoring, arena)
+    other = Case([(5, 90), (chunk, 200), (1, 30)], 6, 2, 32)
+    rows = slice(5, 5 + chunk)
+    other.qkv[rows] = whole.qkv[-chunk:]
+    # The same keys and values before the chunk, under the other block table.
+    index = torch.arange(200 - chunk)
+    mine, theirs = other.tables[1][index // 16], whole.tables[0][index // 16]
+    other.arena[mine, LAYER, :, index % 16] = arena[theirs, LAYER, :, index % 16]
+    found = other.found(run, scoring, other.arena.clone())
+    assert torch.equal(found[rows], expected[-chunk:])
+
+
+def test_keys_that_a_query_does_not_see_do_not_change_its_bits(run):
+    scoring = plain_attend.Scoring(scale=32**-0.5)
+    case = Case([(100, 100)], 6, 2, 32)
+    before = case.found(run, scoring, case.arena.clone())
+    case.qkv[60:, 6:] *= 1000
+    after = case.found(run, scoring, case.arena.clone())
+    assert torch.equal(before[:60], after[:60])
+    assert not torch.equal(before[60:], after[60:])
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("shape", ["equal", "one element", "opposite", "zero"])
+@pytest.mark.parametrize("dim", [16, 64, 256])
+def test_sums_of_products_stay_within_their_range(dim, shape, size, run):
+    """All vectors point the same way: the largest product that their lengths allow."""
+    case = Case([(80, 80)], 4, 2, dim)
+    direction = torch.ones(dim) if shape != "one element" else torch.eye(dim)[3]
+    case.qkv[:, :4] = direction
+    case.qkv[:, 4:6] = -direction if shape == "opposite" else direction * (shape != "zero")
+    case.qkv[:, :6] *= size
+    case.qkv[:, 6:] = size * (shape != "zero")
+    case.frequencies = torch.zeros_like(case.frequencies)
+    scoring = plain_attend.Scoring(scale=1 / (dim * size**2))
+    found = case.found(run, scoring, case.arena.clone())
+    wanted = case.wanted(scoring, case.arena.clone())
+    # Sixty-four equal weights have codes of 131000 / 64: half of one is this share of it.
+    torch.testing.assert_close(found / size, wanted / size, rtol=2.5e-4, atol=0)
