@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.clock import WallClock
 from headrace.core.block import KvLayout
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
+from headrace.engine.cores import Cores
 from headrace.engine.models.fingerprint import content_digests, fingerprint
-from headrace.engine.models.loader import load_model
+from headrace.engine.models.loader import load_auto, load_model
+from headrace.engine.models.native import NativeDecoder
+from headrace.engine.models.row_paths import ROWS, RowsDecoder, RowTable
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
 
@@ -158,3 +162,69 @@ def test_lists_of_a_header_are_passed_over_whatever_they_hold_and_must_end_withi
         path.write_bytes(content[:end])
         with pytest.raises(ConfigError, match="wanted a GGUF file"):
             load_model(path, dtype=torch.float32, device=CPU)
+
+
+def auto(folder, threads=1):
+    return load_auto(folder / "model.gguf", folder, device=CPU, cores=Cores(threads), clock=WallClock())
+
+
+def kept_rows(folder):
+    return sorted(folder.glob("rows-*.json"))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", ["Q4_1", "F16"])
+def test_a_second_start_takes_the_table_that_the_first_one_measured(tmp_path, kind):
+    write_gguf(tmp_path / "model.gguf", kind)
+    first = auto(tmp_path)
+    assert first.is_quantised is (kind == "Q4_1")
+    assert first.row_table.rows == ROWS
+    assert auto(tmp_path).row_table == first.row_table
+    assert auto(tmp_path, threads=2).row_table != first.row_table
+    assert len(kept_rows(tmp_path)) == 2
+
+
+@pytest.mark.cpu
+def test_torch_is_loaded_if_and_only_if_a_table_gives_it_rows(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    native = auto(tmp_path)
+    (kept,) = kept_rows(tmp_path)
+    content = json.loads(kept.read_text())
+    for torch_s, kind in ((2.0, NativeDecoder), (0.5, RowsDecoder)):
+        content["rows"] = {"rows": [1, 64], "native_s": [1.0, 1.0], "torch_s": [2.0, torch_s]}
+        kept.write_text(json.dumps(content))
+        model = auto(tmp_path)
+        assert isinstance(model.decoder, kind)
+    assert model.row_table == RowTable(rows=(1, 64), native_s=(1.0, 1.0), torch_s=(2.0, 0.5))
+    assert model.decoder.torch_from == 64
+    assert model.fingerprint(model.kv_layout()) == native.fingerprint(native.kv_layout())
+
+
+@pytest.mark.cpu
+def test_a_damaged_table_is_measured_anew(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    auto(tmp_path)
+    (kept,) = kept_rows(tmp_path)
+    kept.write_text("{")
+    table = auto(tmp_path).row_table
+    assert table.rows == ROWS
+    assert json.loads(kept.read_text())["rows"]["native_s"] == list(table.native_s)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "quantised": True},
+        {"dtype": torch.bfloat16, "quantised": True, "input_bits": 8},
+    ],
+    ids=["fp32", "bf16", "int4", "int8"],
+)
+def test_a_precision_asked_for_by_name_has_one_path_whatever_is_kept(tmp_path, asked):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    model = load_model(tmp_path / "model.gguf", tmp_path, device=CPU, **asked)
+    assert model.row_table is None
+    assert not isinstance(model.decoder, RowsDecoder)
+    assert not kept_rows(tmp_path)
