@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.clock import WallClock
+from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
@@ -13,7 +13,7 @@ from headrace.engine.cores import Cores
 from headrace.engine.models.fingerprint import content_digests, fingerprint
 from headrace.engine.models.loader import load_auto, load_model
 from headrace.engine.models.native import NativeDecoder
-from headrace.engine.models.row_paths import ROWS, RowsDecoder, RowTable
+from headrace.engine.models.row_paths import ROWS, RowsDecoder
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
 
@@ -164,8 +164,22 @@ def test_lists_of_a_header_are_passed_over_whatever_they_hold_and_must_end_withi
             load_model(path, dtype=torch.float32, device=CPU)
 
 
-def auto(folder, threads=1):
-    return load_auto(folder / "model.gguf", folder, device=CPU, cores=Cores(threads), clock=WallClock())
+class TickingClock(VirtualClock):
+    """A look at it takes time, longer with each, and nothing else does."""
+
+    def __init__(self, tick_s):
+        super().__init__()
+        self.tick_s, self.num_looks = tick_s, 0
+
+    def now(self):
+        self.num_looks += 1
+        self.advance(self.tick_s * self.num_looks)
+        return super().now()
+
+
+def auto(folder, threads=1, tick_s=1e-6):
+    clock = TickingClock(tick_s)
+    return load_auto(folder / "model.gguf", folder, device=CPU, cores=Cores(threads), clock=clock)
 
 
 def kept_rows(folder):
@@ -179,8 +193,8 @@ def test_a_second_start_takes_the_table_that_the_first_one_measured(tmp_path, ki
     first = auto(tmp_path)
     assert first.is_quantised is (kind == "Q4_1")
     assert first.row_table.rows == ROWS
-    assert auto(tmp_path).row_table == first.row_table
-    assert auto(tmp_path, threads=2).row_table != first.row_table
+    assert auto(tmp_path, tick_s=2e-6).row_table == first.row_table
+    assert auto(tmp_path, threads=2, tick_s=2e-6).row_table != first.row_table
     assert len(kept_rows(tmp_path)) == 2
 
 
@@ -190,14 +204,24 @@ def test_torch_is_loaded_if_and_only_if_a_table_gives_it_rows(tmp_path):
     native = auto(tmp_path)
     (kept,) = kept_rows(tmp_path)
     content = json.loads(kept.read_text())
-    for torch_s, kind in ((2.0, NativeDecoder), (0.5, RowsDecoder)):
-        content["rows"] = {"rows": [1, 64], "native_s": [1.0, 1.0], "torch_s": [2.0, torch_s]}
+    assert ROWS[6] == 64
+    for torch_s, kind in ((1.0, NativeDecoder), (0.5, RowsDecoder)):
+        content["rows"] |= {"native_s": [1.0] * len(ROWS), "torch_s": [1.0] * 6 + [torch_s] * (len(ROWS) - 6)}
         kept.write_text(json.dumps(content))
         model = auto(tmp_path)
         assert isinstance(model.decoder, kind)
-    assert model.row_table == RowTable(rows=(1, 64), native_s=(1.0, 1.0), torch_s=(2.0, 0.5))
     assert model.decoder.torch_from == 64
     assert model.fingerprint(model.kv_layout()) == native.fingerprint(native.kv_layout())
+
+
+@pytest.mark.cpu
+def test_without_a_folder_every_start_measures(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    tables = [
+        load_auto(tmp_path / "model.gguf", device=CPU, cores=Cores(1), clock=TickingClock(tick_s)).row_table
+        for tick_s in (1e-6, 2e-6)
+    ]
+    assert tables[0] != tables[1]
 
 
 @pytest.mark.cpu
@@ -206,7 +230,7 @@ def test_a_damaged_table_is_measured_anew(tmp_path):
     auto(tmp_path)
     (kept,) = kept_rows(tmp_path)
     kept.write_text("{")
-    table = auto(tmp_path).row_table
+    table = auto(tmp_path, tick_s=2e-6).row_table
     assert table.rows == ROWS
     assert json.loads(kept.read_text())["rows"]["native_s"] == list(table.native_s)
 

@@ -16,7 +16,7 @@ from headrace.engine.models.loader import Model
 from headrace.engine.models.native import NativeDecoder
 from headrace.engine.models.row_paths import (
     MARGIN,
-    MOST_ROUNDS,
+    ROUNDS,
     ROWS,
     FirstLayer,
     RowsDecoder,
@@ -71,7 +71,7 @@ def test_torch_is_chosen_from_where_on_it_is_clearly_faster_all_the_way(gains, w
     assert table_of(gains).torch_from == wanted
 
 
-TABLE = RowTable(rows=(1, 2, 4), native_s=(1e-3, 2e-3, 4e-3), torch_s=(3e-3, 3e-3, 3e-3))
+TABLE = RowTable(rows=ROWS, native_s=tuple(rows / 3000 for rows in ROWS), torch_s=(3e-3,) * len(ROWS))
 
 
 def kept_in(folder):
@@ -83,6 +83,11 @@ def test_a_table_is_kept_to_the_bit(tmp_path):
     assert known_table(kept_in(tmp_path)) == TABLE
 
 
+def test_half_a_table_is_not_kept(tmp_path):
+    keep_table(kept_in(tmp_path), RowTable(rows=ROWS[:5], native_s=TABLE.native_s[:5], torch_s=TABLE.torch_s[:5]))
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_file_nothing_is_kept_or_known():
     keep_table(None, TABLE)
     assert known_table(None) is None
@@ -91,19 +96,17 @@ def test_without_a_file_nothing_is_kept_or_known():
 @pytest.mark.parametrize(
     "damage",
     [
-        {"rows": [1, 2]},
-        {"rows": [1, 4, 2]},
-        {"rows": [1, 2, 2]},
-        {"rows": [1, 2, 4.5]},
-        {"rows": [1, 2, "4"]},
+        {"rows": ROWS[:-1]},
+        {"rows": ROWS[::-1]},
         {"rows": 3},
-        {"native_s": [1e-3, 2e-3, 0.0]},
-        {"native_s": [1e-3, 2e-3, -4e-3]},
-        {"native_s": [1e-3, 2e-3, math.nan]},
-        {"torch_s": [1e-3, 2e-3, math.inf]},
-        {"torch_s": [1e-3, 2e-3, None]},
+        {"native_s": TABLE.native_s[1:]},
+        {"native_s": (0.0, *TABLE.native_s[1:])},
+        {"native_s": (-1.0, *TABLE.native_s[1:])},
+        {"native_s": (math.nan, *TABLE.native_s[1:])},
+        {"torch_s": (math.inf, *TABLE.torch_s[1:])},
+        {"torch_s": (None, *TABLE.torch_s[1:])},
         {"torch_s": "fast"},
-        {"more": [1]},
+        {"more": ROWS},
     ],
 )
 def test_a_table_that_makes_no_sense_counts_for_nothing(tmp_path, damage):
@@ -140,7 +143,7 @@ def test_both_paths_are_timed_in_turns_and_the_least_time_counts():
     assert table.rows == ROWS
     assert table.native_s == pytest.approx([1e-3 * rows for rows in ROWS])
     assert table.torch_s == pytest.approx([2e-3 * rows for rows in ROWS])
-    assert begun == [(name, rows) for rows in ROWS for name in ("native", "torch")] * MOST_ROUNDS
+    assert begun == [(name, rows) for rows in ROWS for name in ("native", "torch")] * ROUNDS
 
 
 @pytest.mark.parametrize("limit_s", [0.1, 0.5, 3.0])
