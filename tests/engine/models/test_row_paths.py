@@ -118,6 +118,13 @@ def test_a_table_that_makes_no_sense_counts_for_nothing(tmp_path, damage):
     assert known_table(kept) is None
 
 
+@pytest.fixture
+def threads_kept():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 class Scripted:
     """A computation that takes as long as it is told to, longer at each first time."""
 
@@ -146,6 +153,13 @@ def test_both_paths_are_timed_in_turns_and_the_least_time_counts():
     assert begun == [(name, rows) for rows in ROWS for name in ("native", "torch")] * ROUNDS
 
 
+@pytest.mark.usefixtures("threads_kept")
+def test_measuring_gives_torch_its_threads_back():
+    torch.set_num_threads(THREADS)
+    scripted_table(1e-3, 2e-3, limit_s=100.0)
+    assert torch.get_num_threads() == THREADS
+
+
 @pytest.mark.parametrize("limit_s", [0.1, 0.5, 3.0])
 def test_measuring_ends_in_time_with_what_it_has_timed_twice(limit_s):
     table, begun, taken_s = scripted_table(1e-3, 2e-3, limit_s)
@@ -157,14 +171,12 @@ def test_measuring_ends_in_time_with_what_it_has_timed_twice(limit_s):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("quantised", [True, False], ids=["grid", "bf16"])
-def test_a_real_layer_is_measured_either_way_and_torch_has_its_threads_back(smollm2_path, quantised):
+def test_a_real_layer_is_measured_either_way(smollm2_path, quantised):
     source = GgufFile(smollm2_path)
     spec, weights = first_layer(source.spec), FirstLayer(source)
     native = NativeDecoder(spec, weights, quantised=quantised, most_threads=1)
     plain = build_decoder(spec, weights, dtype=torch.bfloat16, device=CPU)
-    before = torch.get_num_threads()
     table = measure(native, plain, spec, lambda: 1, WallClock(), limit_s=60.0)
-    assert torch.get_num_threads() == before
     assert table.rows == ROWS
     assert all(0 < seconds < math.inf for seconds in (*table.native_s, *table.torch_s))
     assert table.native_s[-1] > table.native_s[0]
@@ -236,17 +248,14 @@ def test_rows_of_all_sequences_count_together(paths):
 
 
 @pytest.mark.cpu
+@pytest.mark.usefixtures("threads_kept")
 @pytest.mark.parametrize("threads", [None, lambda: THREADS], ids=["no share", "a share"])
 def test_torch_has_its_threads_again_after_a_native_step(paths, threads):
-    before = torch.get_num_threads()
     runner = runner_of(paths["both"], threads=threads)
-    try:
-        runner.run(Batch(items=(prompt(1),)))
-        assert torch.get_num_threads() == 1
-        runner.run(Batch(items=(prompt(BORDER),)))
-        assert torch.get_num_threads() == THREADS
-    finally:
-        torch.set_num_threads(before)
+    runner.run(Batch(items=(prompt(1),)))
+    assert torch.get_num_threads() == 1
+    runner.run(Batch(items=(prompt(BORDER),)))
+    assert torch.get_num_threads() == THREADS
 
 
 def continued(runner):
