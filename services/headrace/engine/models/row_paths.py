@@ -29,7 +29,7 @@ MARGIN = 1.5
 """How many times faster torch must be: a second copy of the weights has to pay, and two timings are noisy.
 
 A layer of SmolLM2 with bf16 weights took the kernels 0.8 to 1.1 times as long as torch for 512 rows, 1.28 times in one
-of seven tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-21). Products in bf16 instructions are
+of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-21). Products in bf16 instructions are
 several times faster.
 """
 
