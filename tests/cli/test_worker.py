@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
     config = WorkerConfig(name="w", role=WorkerRole.HYBRID, model=tmp_path, dtype=Dtype.INT4, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="no quantised grid"):
         build_machine(config)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_only_auto_measures_which_path_is_faster(tmp_path, dtype):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    config = WorkerConfig(
+        name="w",
+        role=WorkerRole.HYBRID,
+        model=tmp_path,
+        dtype=dtype,
+        cache_dir=tmp_path,
+        kv_memory_bytes=1 << 20,
+        calibrate_s=0.0,
+    )
+    with nullcontext() if dtype not in {Dtype.INT4, Dtype.INT8} else pytest.raises(ConfigError):
+        assert (build_machine(config).model.row_table is not None) is (dtype is Dtype.AUTO)
+    assert dtype is Dtype.AUTO or not list(tmp_path.glob("rows-*"))
 
 
 def test_varlen_packs_nothing():

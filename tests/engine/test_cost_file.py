@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from headrace.core.cost import CostModel
-from headrace.engine.cost_file import CostFile, Instance, processor
+from headrace.engine.cost_file import CostFile, Instance
 
 COST = CostModel(step_s=0.01, prompt_s=0.002, token_s=1e-3, pair_s=1e-7, decode_s=2e-3, context_s=1e-6, r2=0.97)
 INSTANCE = Instance(
@@ -89,8 +89,4 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_alone(tmp_path, caplog)
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING):
         CostFile(tmp_path / "file" / "folder", INSTANCE).write(COST)
-    assert "cost not kept" in caplog.text
-
-
-def test_the_processor_is_named_with_its_cores():
-    assert processor().endswith(" cores")
+    assert "measurement not kept" in caplog.text

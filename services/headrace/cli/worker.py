@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import assert_never
 
 import torch
@@ -28,11 +29,13 @@ from headrace.engine.arena import KvArena
 from headrace.engine.batch import Runner
 from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, filled
 from headrace.engine.cores import Cores
-from headrace.engine.cost_file import CostFile, Instance, processor
+from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.kept_file import processor
 from headrace.engine.messages import CacheChange
-from headrace.engine.models.loader import Model, load_model
+from headrace.engine.models.loader import Model, load_auto, load_model
 from headrace.engine.models.native import NativeDecoder
+from headrace.engine.models.row_paths import RowsDecoder
 from headrace.engine.packing import PAD_TOKENS, PaddedRows
 from headrace.engine.runner import ModelRunner
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
@@ -66,7 +69,6 @@ logger = logging.getLogger(__name__)
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
-_QUANTISED = {Dtype.AUTO, Dtype.INT4, Dtype.INT8}
 
 
 def run(args: ServeArgs) -> int:
@@ -109,20 +111,8 @@ def build_machine(config: WorkerConfig) -> Machine:
         comes_first=config.role is WorkerRole.PREFILL,
         give_way=config.give_way if config.role is WorkerRole.DECODE else 0.0,
     )
-    device = torch.device(config.device)
     folder = config.cache_dir or native.cache_dir()
-    model = load_model(
-        config.model,
-        folder,
-        dtype=torch.float32 if config.dtype is Dtype.FP32 else torch.bfloat16,
-        device=device,
-        quantised=config.dtype in _QUANTISED,
-        input_bits=8 if config.dtype is Dtype.INT8 else 16,
-    )
-    if config.dtype is Dtype.INT4 and not model.is_quantised:
-        raise ConfigError(
-            "the weights of this model have no quantised grid that this device computes on", field="dtype"
-        )
+    model = _load(config, cores, folder)
     layout = model.kv_layout(config.block_tokens)
     num_blocks = config.kv_memory_bytes // layout.block_bytes
     if num_blocks < 1:
@@ -132,12 +122,32 @@ def build_machine(config: WorkerConfig) -> Machine:
         )
     pack = make_pack(config.pack)
     num_pad_blocks = 0 if pack is None else blocks_for(PAD_TOKENS, config.block_tokens)
-    arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, device, num_pad_blocks=num_pad_blocks)
+    arena = KvArena(layout, num_blocks + NUM_SCRATCH_BLOCKS, model.device, num_pad_blocks=num_pad_blocks)
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
     kept = CostFile(folder, _instance(config, model, fingerprint))
     cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock())
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
+
+
+def _load(config: WorkerConfig, cores: Cores, folder: Path) -> Model:
+    """Load the model as `dtype` says; only `auto` chooses by what it measures."""
+    device = torch.device(config.device)
+    if config.dtype is Dtype.AUTO:
+        return load_auto(config.model, folder, device=device, cores=cores, clock=WallClock())
+    model = load_model(
+        config.model,
+        folder,
+        dtype=torch.float32 if config.dtype is Dtype.FP32 else torch.bfloat16,
+        device=device,
+        quantised=config.dtype in {Dtype.INT4, Dtype.INT8},
+        input_bits=8 if config.dtype is Dtype.INT8 else 16,
+    )
+    if config.dtype is Dtype.INT4 and not model.is_quantised:
+        raise ConfigError(
+            "the weights of this model have no quantised grid that this device computes on", field="dtype"
+        )
+    return model
 
 
 def _instance(config: WorkerConfig, model: Model, fingerprint: str) -> Instance:
@@ -147,8 +157,18 @@ def _instance(config: WorkerConfig, model: Model, fingerprint: str) -> Instance:
         threads=config.threads or torch.get_num_threads(),
         pack=config.pack.value,
         processor=processor(),
-        kernels=native.build().name if isinstance(model.decoder, NativeDecoder) else "",
+        kernels=_kernels(model),
     )
+
+
+def _kernels(model: Model) -> str:
+    match model.decoder:
+        case NativeDecoder():
+            return native.build().name
+        case RowsDecoder(torch_from=rows):
+            return f"{native.build().name}, torch from {rows} rows"
+        case _:
+            return ""
 
 
 def step_cost(

@@ -67,6 +67,11 @@ class Cores:
         if shared is not None:
             self._file, self._seat = _take_seat(shared)
 
+    @property
+    def most_threads(self) -> int:
+        """Threads where no other worker computes."""
+        return self._most
+
     def close(self) -> None:
         """Leave the seat."""
         if self._file is not None:

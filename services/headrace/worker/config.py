@@ -23,9 +23,9 @@ class Dtype(Enum):
     """Precision of weights, activations and KV; sums are always fp32.
 
     `auto` keeps weights in the quantised grid of the file, with KV in bf16 and activations finer than bf16, where
-    the device has kernels for it; else it is bf16. `int4` is the former or an error. `int8` rounds the inputs of
-    most layers to int8 besides: faster, about as coarse as bf16 throughout (README), and an error where it cannot
-    be had.
+    the device has kernels for it; else it is bf16. Steps of many rows compute in bf16 throughout where that was
+    measured to be clearly faster. `int4` is the grid or an error. `int8` rounds the inputs of most layers to int8
+    besides: faster, about as coarse as bf16 throughout (README), and an error where it cannot be had.
     """
 
     AUTO = "auto"

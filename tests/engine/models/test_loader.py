@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
+from headrace.engine.cores import Cores
 from headrace.engine.models.fingerprint import content_digests, fingerprint
-from headrace.engine.models.loader import load_model
+from headrace.engine.models.loader import load_auto, load_model
+from headrace.engine.models.native import NativeDecoder
+from headrace.engine.models.row_paths import ROWS, RowsDecoder
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
 
@@ -158,3 +162,93 @@ def test_lists_of_a_header_are_passed_over_whatever_they_hold_and_must_end_withi
         path.write_bytes(content[:end])
         with pytest.raises(ConfigError, match="wanted a GGUF file"):
             load_model(path, dtype=torch.float32, device=CPU)
+
+
+class TickingClock(VirtualClock):
+    """A look at it takes time, longer with each, and nothing else does."""
+
+    def __init__(self, tick_s):
+        super().__init__()
+        self.tick_s, self.num_looks = tick_s, 0
+
+    def now(self):
+        self.num_looks += 1
+        self.advance(self.tick_s * self.num_looks)
+        return super().now()
+
+
+def auto(folder, threads=1, tick_s=1e-6):
+    clock = TickingClock(tick_s)
+    return load_auto(folder / "model.gguf", folder, device=CPU, cores=Cores(threads), clock=clock)
+
+
+def kept_rows(folder):
+    return sorted(folder.glob("rows-*.json"))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kind", ["Q4_1", "F16"])
+def test_a_second_start_takes_the_table_that_the_first_one_measured(tmp_path, kind):
+    write_gguf(tmp_path / "model.gguf", kind)
+    first = auto(tmp_path)
+    assert first.is_quantised is (kind == "Q4_1")
+    assert first.row_table.rows == ROWS
+    assert auto(tmp_path, tick_s=2e-6).row_table == first.row_table
+    assert auto(tmp_path, threads=2, tick_s=2e-6).row_table != first.row_table
+    assert len(kept_rows(tmp_path)) == 2
+
+
+@pytest.mark.cpu
+def test_torch_is_loaded_if_and_only_if_a_table_gives_it_rows(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    native = auto(tmp_path)
+    (kept,) = kept_rows(tmp_path)
+    content = json.loads(kept.read_text())
+    assert ROWS[6] == 64
+    for torch_s, kind in ((1.0, NativeDecoder), (0.5, RowsDecoder)):
+        content["rows"] |= {"native_s": [1.0] * len(ROWS), "torch_s": [1.0] * 6 + [torch_s] * (len(ROWS) - 6)}
+        kept.write_text(json.dumps(content))
+        model = auto(tmp_path)
+        assert isinstance(model.decoder, kind)
+    assert model.decoder.torch_from == 64
+    assert model.fingerprint(model.kv_layout()) == native.fingerprint(native.kv_layout())
+
+
+@pytest.mark.cpu
+def test_without_a_folder_every_start_measures(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    tables = [
+        load_auto(tmp_path / "model.gguf", device=CPU, cores=Cores(1), clock=TickingClock(tick_s)).row_table
+        for tick_s in (1e-6, 2e-6)
+    ]
+    assert tables[0] != tables[1]
+
+
+@pytest.mark.cpu
+def test_a_damaged_table_is_measured_anew(tmp_path):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    auto(tmp_path)
+    (kept,) = kept_rows(tmp_path)
+    kept.write_text("{")
+    table = auto(tmp_path, tick_s=2e-6).row_table
+    assert table.rows == ROWS
+    assert json.loads(kept.read_text())["rows"]["native_s"] == list(table.native_s)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dtype": torch.float32},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "quantised": True},
+        {"dtype": torch.bfloat16, "quantised": True, "input_bits": 8},
+    ],
+    ids=["fp32", "bf16", "int4", "int8"],
+)
+def test_a_precision_asked_for_by_name_has_one_path_whatever_is_kept(tmp_path, asked):
+    write_gguf(tmp_path / "model.gguf", "Q4_1")
+    model = load_model(tmp_path / "model.gguf", tmp_path, device=CPU, **asked)
+    assert model.row_table is None
+    assert not isinstance(model.decoder, RowsDecoder)
+    assert not kept_rows(tmp_path)

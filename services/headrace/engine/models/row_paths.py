@@ -1,0 +1,257 @@
+"""Which of two computations of a model takes a step, by its number of rows, from times measured at start.
+
+The C++ kernels read the weights in their own grid, which wins where a step has few rows and the memory decides. With
+many rows the arithmetic decides, and there torch's bf16 product may be several times faster on a CPU that has
+instructions for it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Protocol
+
+import torch
+
+from headrace.clock import Clock
+from headrace.core.block import blocks_for
+from headrace.engine.kept_file import KeptFile
+from headrace.engine.models.decoder import StepInputs
+from headrace.engine.models.spec import ModelSpec
+from headrace.engine.models.weights import WeightSource
+from headrace_kernels.attend import AttendPlan
+from headrace_kernels.native import Grid
+from headrace_kernels.write_kv import WritePlan
+
+ROWS = tuple(2**power for power in range(10))
+"""Numbers of rows that are measured, 1 to 512."""
+
+MARGIN = 1.5
+"""How many times faster torch must be: a second copy of the weights has to pay, and two timings are noisy.
+
+A layer of SmolLM2 with bf16 weights took the kernels 0.8 to 1.1 times as long as torch for 512 rows, 1.28 times in one
+of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-21). Products in bf16 instructions are
+several times faster.
+"""
+
+ROUNDS = 2
+"""Times that each number of rows is taken with either path; the first pays for memory."""
+
+LIMIT_S = 0.8
+"""Longest time of measuring; SmolLM2 takes half of it where nothing else runs (2-core Zen 3, 2026-11-21)."""
+
+_BLOCK_TOKENS = 16
+_VOCABULARY = 32
+_SETTLE_BYTES = 64 << 20
+
+
+class Computation(Protocol):
+    """A decoder of either kind."""
+
+    def __call__(self, step: StepInputs, arena: torch.Tensor, threads: Callable[[], int] | None = None) -> torch.Tensor:
+        """Compute a step; see `headrace.engine.models.decoder.Decoder.__call__`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowTable:
+    """What one layer takes either way; the three lists are of one length.
+
+    Attributes:
+        rows: Numbers of rows, ascending.
+        native_s: Seconds of the C++ kernels.
+        torch_s: Seconds of torch with bf16 weights.
+    """
+
+    rows: tuple[int, ...]
+    native_s: tuple[float, ...]
+    torch_s: tuple[float, ...]
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """How many times faster torch is."""
+        return tuple(native / plain for native, plain in zip(self.native_s, self.torch_s, strict=True))
+
+    @property
+    def torch_from(self) -> int | None:
+        """Least number of rows from which on torch is clearly faster wherever it was measured; None without one."""
+        found = None
+        for rows, gain in zip(reversed(self.rows), reversed(self.gains), strict=True):
+            if gain < MARGIN:
+                break
+            found = rows
+        return found
+
+
+class RowsDecoder:
+    """Two computations of one model: steps of few rows take the C++ kernels, those of many take torch.
+
+    Both read and write the same bf16 KV, so a sequence may change from one to the other with every step.
+
+    Attributes:
+        torch_from: Least number of rows that torch takes.
+    """
+
+    def __init__(self, native: Computation, plain: Computation, *, torch_from: int, most_threads: int) -> None:
+        """Join two decoders of the same weights.
+
+        Args:
+            native: Takes steps of fewer rows.
+            plain: Takes the others.
+            torch_from: Least number of rows that `plain` takes.
+            most_threads: Threads of `plain` where a step names none: torch has one left after a native step.
+        """
+        self._native, self._plain = native, plain
+        self.torch_from = torch_from
+        self._all_threads = lambda: most_threads
+
+    def __call__(self, step: StepInputs, arena: torch.Tensor, threads: Callable[[], int] | None = None) -> torch.Tensor:
+        """Compute a step; see `Decoder.__call__`."""
+        if step.token_ids.shape[0] < self.torch_from:
+            return self._native(step, arena, threads)
+        return self._plain(step, arena, threads or self._all_threads)
+
+
+class FirstLayer:
+    """Weights of a model of one layer, that of another model, with next to no vocabulary."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether any weight is in a grid."""
+        return self._source.has_grid
+
+    def has(self, name: str, layer: int | None = None) -> bool:
+        """Return whether there is such a weight."""
+        return self._source.has(name, layer)
+
+    def read(
+        self, name: str, shape: tuple[int, ...], layer: int | None = None, *, kind: str = "weight"
+    ) -> torch.Tensor:
+        """Return a weight of the first layer, or noise for a vocabulary."""
+        return torch.randn(shape) if name == "embedding" else self._source.read(name, shape, layer, kind=kind)
+
+    def read_grid(self, name: str, shape: tuple[int, int], layer: int | None = None) -> Grid | None:
+        """Return a weight in its grid."""
+        return None if name == "embedding" else self._source.read_grid(name, shape, layer)
+
+
+def first_layer(spec: ModelSpec) -> ModelSpec:
+    """Return the model that `FirstLayer` has the weights of."""
+    return replace(spec, layers=spec.layers[:1], vocab_size=_VOCABULARY, is_tied=True)
+
+
+def known_table(kept: KeptFile | None) -> RowTable | None:
+    """Return the table that an earlier start kept; None if there is none that makes sense, or no file for one."""
+    found = None if kept is None else kept.read()
+    if not isinstance(found, dict) or not all(isinstance(values, list) for values in found.values()):
+        return None
+    try:
+        table = RowTable(**{name: tuple(values) for name, values in found.items()})
+    except TypeError:
+        return None
+    is_whole = table.rows == ROWS and len(table.native_s) == len(table.torch_s) == len(ROWS)
+    seconds = (*table.native_s, *table.torch_s)
+    is_sound = all(isinstance(time_s, int | float) and math.isfinite(time_s) and time_s > 0 for time_s in seconds)
+    return table if is_whole and is_sound else None
+
+
+def keep_table(kept: KeptFile | None, table: RowTable) -> None:
+    """Keep a whole table for the next start, if there is a file for one; a busy machine may have measured half.
+
+    It is not measured again there, unlike the cost of steps: both paths were timed in turns, so a machine that was
+    busy then has slowed both.
+    """
+    if kept is not None and table.rows == ROWS:
+        kept.write(asdict(table))
+
+
+@torch.inference_mode()
+def measure(
+    native: Computation,
+    plain: Computation,
+    spec: ModelSpec,
+    threads: Callable[[], int],
+    clock: Clock,
+    limit_s: float = LIMIT_S,
+) -> RowTable:
+    """Time both computations of one layer in turns, round after round, and take the least time of each.
+
+    A whole layer and not its products alone: with bf16 weights torch's products are faster from 32 rows on even on a
+    CPU without bf16 instructions, and its attention and small operations take that back. A step is one prompt.
+
+    Args:
+        native: The C++ kernels.
+        plain: Torch.
+        spec: What either computes, from `first_layer`.
+        threads: Asked for the threads of either.
+        clock: Measures.
+        limit_s: No step is begun that would end after it, as far as those before it tell: a large model or a slow
+            machine measures fewer rows, and the choice made at the most of them holds for all above.
+    """
+    end_s = clock.now() + limit_s
+    stopwatch = _Stopwatch(spec, threads, clock)
+    best: dict[int, tuple[float, float]] = {}
+    for round_number in range(ROUNDS):
+        last_s = 0.0
+        for rows in ROWS if round_number == 0 else tuple(best):
+            # Twice as many rows take at most twice as long; and what is new must be timed again, as must all before.
+            expected_s = sum(best[rows]) if rows in best else 4 * last_s + sum(map(sum, best.values()))
+            if clock.now() + expected_s > end_s:
+                break
+            taken = stopwatch.seconds(rows, native, plain)
+            last_s = sum(taken)
+            before = best.get(rows, taken)
+            best[rows] = (min(taken[0], before[0]), min(taken[1], before[1]))
+    stopwatch.close()
+    return RowTable(
+        rows=tuple(best),
+        native_s=tuple(native_s for native_s, _ in best.values()),
+        torch_s=tuple(torch_s for _, torch_s in best.values()),
+    )
+
+
+class _Stopwatch:
+    """Times steps of both computations, each time from the same state of caches and threads."""
+
+    def __init__(self, spec: ModelSpec, threads: Callable[[], int], clock: Clock) -> None:
+        self._threads, self._clock = threads, clock
+        self._torch_threads = torch.get_num_threads()
+        self._arena = torch.zeros(
+            (blocks_for(ROWS[-1], _BLOCK_TOKENS), 1, 2, _BLOCK_TOKENS, spec.num_kv_heads, spec.head_dim),
+            dtype=torch.bfloat16,
+        )
+        self._scratch = torch.zeros(_SETTLE_BYTES // 4)
+
+    def seconds(self, rows: int, native: Computation, plain: Computation) -> tuple[float, float]:
+        # One layer would stay in the cache, unlike a model. And torch's helpers spin for 5 ms after their last work:
+        # native steps of 0.5 ms took 5 on their cores (2-core Zen 3, 2026-11-21), so native comes first.
+        torch.set_num_threads(1)
+        self._scratch.sum()
+        return self._taken(native, rows), self._taken(plain, rows)
+
+    def _taken(self, compute: Computation, rows: int) -> float:
+        step = _prompt(rows)
+        begun_s = self._clock.now()
+        compute(step, self._arena, self._threads)
+        return self._clock.now() - begun_s
+
+    def close(self) -> None:
+        torch.set_num_threads(self._torch_threads)
+
+
+def _prompt(rows: int) -> StepInputs:
+    """Return a step of one prompt in the first blocks."""
+    positions = torch.arange(rows)
+    return StepInputs(
+        token_ids=positions % _VOCABULARY,
+        positions=positions,
+        write=WritePlan(blocks=positions // _BLOCK_TOKENS, slots=positions % _BLOCK_TOKENS),
+        attend=AttendPlan(
+            cu_seqlens=torch.tensor([0, rows]),
+            block_tables=torch.arange(blocks_for(rows, _BLOCK_TOKENS))[None],
+            kv_lengths=torch.tensor([rows]),
+        ),
+        sample_rows=torch.tensor([rows - 1]),
+    )
