@@ -15,6 +15,7 @@ from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.loader import Model
 from headrace.engine.models.native import NativeDecoder
 from headrace.engine.models.row_paths import (
+    LEAST_KEPT,
     MARGIN,
     ROUNDS,
     ROWS,
@@ -83,9 +84,19 @@ def test_a_table_is_kept_to_the_bit(tmp_path):
     assert known_table(kept_in(tmp_path)) == TABLE
 
 
-def test_half_a_table_is_not_kept(tmp_path):
-    keep_table(kept_in(tmp_path), RowTable(rows=ROWS[:5], native_s=TABLE.native_s[:5], torch_s=TABLE.torch_s[:5]))
+def first_rows(count):
+    return RowTable(rows=ROWS[:count], native_s=TABLE.native_s[:count], torch_s=TABLE.torch_s[:count])
+
+
+def test_a_table_that_ends_before_many_rows_is_not_kept(tmp_path):
+    keep_table(kept_in(tmp_path), first_rows(ROWS.index(LEAST_KEPT)))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_table_that_tells_few_rows_from_many_is_kept(tmp_path):
+    table = first_rows(ROWS.index(LEAST_KEPT) + 1)
+    keep_table(kept_in(tmp_path), table)
+    assert known_table(kept_in(tmp_path)) == table
 
 
 def test_without_a_file_nothing_is_kept_or_known():
@@ -98,6 +109,7 @@ def test_without_a_file_nothing_is_kept_or_known():
     [
         {"rows": ROWS[:-1]},
         {"rows": ROWS[::-1]},
+        {"rows": ROWS[1:], "native_s": TABLE.native_s[1:], "torch_s": TABLE.torch_s[1:]},
         {"rows": 3},
         {"native_s": TABLE.native_s[1:]},
         {"native_s": (0.0, *TABLE.native_s[1:])},

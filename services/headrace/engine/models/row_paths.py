@@ -36,8 +36,11 @@ several times faster.
 ROUNDS = 2
 """Times that each number of rows is taken with either path; the first pays for memory."""
 
-LIMIT_S = 0.8
-"""Longest time of measuring; SmolLM2 takes half of it where nothing else runs (2-core Zen 3, 2026-11-21)."""
+LIMIT_S = 2.0
+"""Longest time of measuring; SmolLM2 takes 0.5 s where nothing else runs (2-core Zen 3, 2026-11-21)."""
+
+LEAST_KEPT = 64
+"""Rows that a table must reach to be kept: a large model gets no further, a busy machine hardly as far."""
 
 _BLOCK_TOKENS = 16
 _VOCABULARY = 32
@@ -151,19 +154,24 @@ def known_table(kept: KeptFile | None) -> RowTable | None:
         table = RowTable(**{name: tuple(values) for name, values in found.items()})
     except TypeError:
         return None
-    is_whole = table.rows == ROWS and len(table.native_s) == len(table.torch_s) == len(ROWS)
+    is_whole = is_enough(table) and len(table.native_s) == len(table.torch_s) == len(table.rows)
     seconds = (*table.native_s, *table.torch_s)
     is_sound = all(isinstance(time_s, int | float) and math.isfinite(time_s) and time_s > 0 for time_s in seconds)
     return table if is_whole and is_sound else None
 
 
+def is_enough(table: RowTable) -> bool:
+    """Return whether a table tells few rows from many: it has all numbers of rows up to `LEAST_KEPT`, or beyond."""
+    return table.rows == ROWS[: len(table.rows)] and LEAST_KEPT in table.rows
+
+
 def keep_table(kept: KeptFile | None, table: RowTable) -> None:
-    """Keep a whole table for the next start, if there is a file for one; a busy machine may have measured half.
+    """Keep a table for the next start if it tells enough and there is a file for one.
 
     It is not measured again there, unlike the cost of steps: both paths were timed in turns, so a machine that was
     busy then has slowed both.
     """
-    if kept is not None and table.rows == ROWS:
+    if kept is not None and is_enough(table):
         kept.write(asdict(table))
 
 
