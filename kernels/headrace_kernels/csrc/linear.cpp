@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kBlock = 32;
 constexpr int64_t kTogether = 4;    // rows that share weights unpacked in registers
 constexpr int64_t kAloneRows = 4;   // up to here every thread prepares the rows for itself, without a barrier
-constexpr int64_t kRowBytes = 192 << 10;  // rows at work together, a part of the second-level cache
+constexpr int64_t kRowBytes = 320 << 10;  // rows at work together, a part of the second-level cache
 constexpr int64_t kDepth = 256;           // inputs of a panel at work together in fp32, 16 KiB
 
 // How weights are unpacked and multiplied. Vector v of a block gives `groups` times 4 bytes of inputs for each output:
