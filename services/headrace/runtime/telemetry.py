@@ -250,7 +250,7 @@ class LoopLagProbe:
         num_kept: Samples over which `lag` is taken; the default keeps the last minute.
     """
 
-    def __init__(self, interval_s: float = 0.01, num_kept: int = 6000) -> None:
+    def __init__(self, interval_s: float = 0.05, num_kept: int = 1200) -> None:
         self._interval_s = interval_s
         self._samples: deque[float] = deque(maxlen=num_kept)
 
