@@ -26,7 +26,9 @@ namespace {
 constexpr int64_t kBlock = 32;
 constexpr int64_t kTogether = 4;    // rows that share weights unpacked in registers
 constexpr int64_t kAloneRows = 4;   // up to here every thread prepares the rows for itself, without a barrier
-constexpr int64_t kRowBytes = 320 << 10;  // rows at work together, a part of the second-level cache
+// Rows at work together, in bytes: a part of the second-level cache. A bf16 panel is spread anew for each such group.
+constexpr int64_t kRowBytes = 192 << 10;
+constexpr int64_t kBf16RowBytes = 320 << 10;
 constexpr int64_t kDepth = 256;           // inputs of a panel at work together in fp32, 16 KiB
 
 // How weights are unpacked and multiplied. Vector v of a block gives `groups` times 4 bytes of inputs for each output:
@@ -361,8 +363,9 @@ void run_linear(const Linear& layer, const Step& step, Scratch& scratch, Worker&
             }
         }
     } else {
-        const int64_t row_bytes = layer.in_size * (layer.format == kBf16 ? 4 : has_byte_inputs(layer) ? 1 : 2);
-        const int64_t most = std::max<int64_t>(kRowBytes / row_bytes / 12, 1) * 12;
+        const bool is_bf16 = layer.format == kBf16;
+        const int64_t row_bytes = layer.in_size * (is_bf16 ? 4 : has_byte_inputs(layer) ? 1 : 2);
+        const int64_t most = std::max<int64_t>((is_bf16 ? kBf16RowBytes : kRowBytes) / row_bytes / 12, 1) * 12;
         const int64_t groups = (count + most - 1) / most, group = (count + groups - 1) / groups;
         float* products = own.attend.at_least(group * kPanel);
         for (int64_t item; (item = worker.claim(1)) < groups * panels;) {
