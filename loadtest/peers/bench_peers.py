@@ -110,6 +110,8 @@ def servers_of(names: Sequence[str]) -> list[Server]:
         "openvino": lambda: openvino(FOLDER.absolute(), bundled_model()),
         "transformers": lambda: transformers(FOLDER.absolute()),
     }
+    if unknown := set(names) - set(makers):
+        raise SystemExit(f"no such servers: {', '.join(sorted(unknown))}; there are {', '.join(makers)}")
     return [makers[name]() for name in names]
 
 
