@@ -57,7 +57,7 @@ def summarise(answers: Sequence[Answer], total_s: float) -> Figures:
 
 
 async def drive(url: str, model: str, asks: Sequence[Ask], users: int) -> Figures:
-    """Run a workload against `url/v1/completions`, streaming, with a connection per user.
+    """Run a workload against `url/v1/completions`, streaming, with a connection per request.
 
     Raises:
         RuntimeError: A request failed, or an answer has another number of tokens than was asked for.
@@ -66,15 +66,9 @@ async def drive(url: str, model: str, asks: Sequence[Ask], users: int) -> Figure
     answers: list[Answer] = []
 
     async def user() -> None:
-        address = urlsplit(url)
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        try:
-            while waiting:
-                async with asyncio.timeout(TIMEOUT_S):
-                    answers.append(await _ask(reader, writer, model, waiting.pop()))
-        finally:
-            writer.close()
-            await writer.wait_closed()
+        while waiting:
+            async with asyncio.timeout(TIMEOUT_S):
+                answers.append(await _ask(url, model, waiting.pop()))
 
     begun_s = time.perf_counter()
     async with asyncio.TaskGroup() as crowd:
@@ -111,7 +105,7 @@ class _Events:
         self.is_complete = True
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, model: str, ask: Ask) -> Answer:
+async def _ask(url: str, model: str, ask: Ask) -> Answer:
     body = json.dumps(
         {
             "model": model,
@@ -123,14 +117,17 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, model
             "stream_options": {"include_usage": True},
         }
     ).encode()
-    events = _Events()
-    writer.write(HEAD % len(body) + body)
-    received = b""
-    while not events.is_complete:
-        received = await reader.read(1 << 16)
-        if not received:
-            raise RuntimeError("the server closed the connection")
-        events.parser.feed_data(received)
+    events, received, address = _Events(), b"", urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        writer.write(HEAD % len(body) + body)
+        while not events.is_complete:
+            received = await reader.read(1 << 16)
+            if not received:
+                raise RuntimeError("the server closed the connection")
+            events.parser.feed_data(received)
+    finally:
+        writer.close()
     if events.parser.get_status_code() != http.HTTPStatus.OK:
         raise RuntimeError(f"status {events.parser.get_status_code()}: {received[-500:]!r}")
     if events.num_tokens != ask.num_tokens:
