@@ -44,7 +44,7 @@ def compare(workload: Workload, servers: Sequence[Server], rounds: int, seed: in
     """Return the figures of each server, round by round, after one run of each that counts for nothing."""
     found: Found = {server.name: [] for server in servers}
     for server in servers:
-        run(server, dataclasses.replace(workload, asks=lambda first: workload.asks(first)[:1]), seed - 1)
+        run(server, dataclasses.replace(workload, draw=lambda rng: workload.draw(rng)[:1]), seed - 1)
     for index in range(rounds):
         turn = index % len(servers)
         for server in [*servers[turn:], *servers[:turn]]:
