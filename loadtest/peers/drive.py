@@ -121,11 +121,9 @@ async def _ask(url: str, model: str, ask: Ask) -> Answer:
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:
         writer.write(HEAD % len(body) + body)
-        while not events.is_complete:
-            received = await reader.read(1 << 16)
-            if not received:
-                raise RuntimeError("the server closed the connection")
-            events.parser.feed_data(received)
+        while not events.is_complete and (part := await reader.read(1 << 16)):
+            received = part
+            events.parser.feed_data(part)
     finally:
         writer.close()
     if events.parser.get_status_code() != http.HTTPStatus.OK:
