@@ -57,21 +57,21 @@ class FaultyLane:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", port)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            return
-        self._pumps.add(task)
-        try:
-            await self._forward(reader, writer)
-        except (OSError, asyncio.CancelledError):
-            pass  # The test has cut the lane, or an end has left: both ends see a dropped connection.
-        finally:
-            self._pumps.discard(task)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Both ends see a dropped connection, even if the lane is cut before this one has moved anything.
+        if self._server is None:
             writer.transport.abort()
+            return
+        pump = asyncio.ensure_future(self._forward(reader, writer))
+        self._pumps.add(pump)
+        pump.add_done_callback(lambda _: writer.transport.abort())
+        pump.add_done_callback(self._pumps.discard)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:
+            return  # nobody listens there: the connection is dropped
         directions = ((reader, far_writer), (far_reader, writer))
         pumps = [asyncio.ensure_future(self._pump(*direction)) for direction in directions]
         try:
