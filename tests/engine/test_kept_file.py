@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 
@@ -30,10 +31,18 @@ def test_kinds_and_instances_have_a_file_each_even_if_one_takes_the_place_of_ano
     assert kept.read() == MEASURED
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", json.dumps({"instance": INSTANCE}).encode()])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe", json.dumps({"instance": INSTANCE}).encode()]
+)
 def test_a_torn_file_counts_for_nothing(tmp_path, content):
     kept = KeptFile(tmp_path, "rows", INSTANCE)
     kept.path.write_bytes(content)
+    assert kept.read() is None
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    kept = KeptFile(tmp_path, "rows", INSTANCE)
+    os.mkfifo(kept.path)
     assert kept.read() is None
 
 

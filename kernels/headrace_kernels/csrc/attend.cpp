@@ -13,7 +13,8 @@
 namespace headrace {
 namespace {
 
-constexpr int64_t kFewRows = 6;      // queries of one KV head that share its keys as they lie
+constexpr int64_t kFewRows = 16;     // queries of one KV head that read its keys as they lie
+constexpr int64_t kTogether = 6;     // of them at a time: as many as there are registers for
 constexpr int64_t kSplitKeys = 64;   // fewest entries of a cut along the keys
 
 void rotate(float* head, const float* cos, const float* sin, int64_t half) {
@@ -166,16 +167,18 @@ void weigh_few(const Keys& found, const float* weights, int64_t dim, float* sums
     }
 }
 
-// Calls work.template operator()<rows>(), rows from 1 to kFewRows.
+// Calls work.template operator()<R>(first) for all rows, kTogether at most at a time.
 template <typename F>
 void with_rows(int64_t rows, const F& work) {
-    switch (rows) {
-        case 1: return work.template operator()<1>();
-        case 2: return work.template operator()<2>();
-        case 3: return work.template operator()<3>();
-        case 4: return work.template operator()<4>();
-        case 5: return work.template operator()<5>();
-        default: return work.template operator()<6>();
+    for (int64_t row = 0; row < rows; row += kTogether) {
+        switch (rows - row) {
+            case 1: work.template operator()<1>(row); break;
+            case 2: work.template operator()<2>(row); break;
+            case 3: work.template operator()<3>(row); break;
+            case 4: work.template operator()<4>(row); break;
+            case 5: work.template operator()<5>(row); break;
+            default: work.template operator()<6>(row); break;
+        }
     }
 }
 
@@ -202,7 +205,9 @@ void deinterleave(float* x, int64_t dim) {
 void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Keys& found, bool is_masked,
               const Work& work) {
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
-    with_rows(rows, [&]<int R>() { score_few<R>(found, work.queries, dim, work.scores); });
+    with_rows(rows, [&]<int R>(int64_t row) {
+        score_few<R>(found, work.queries + row * dim, dim, work.scores + row * kKeys);
+    });
     for (int64_t row = 0; row < rows; ++row) {
         float* scores = work.scores + row * kKeys;
         const int64_t query = step.positions[tile.first_row + row / group];
@@ -227,7 +232,9 @@ void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Key
             for (int64_t d = 0; d < dim; d += kLanes)
                 store(work.sums + row * dim + d, _mm256_mul_ps(load(work.sums + row * dim + d), all(factor)));
     }
-    with_rows(rows, [&]<int R>() { weigh_few<R>(found, work.scores, dim, work.sums); });
+    with_rows(rows, [&]<int R>(int64_t row) {
+        weigh_few<R>(found, work.scores + row * kKeys, dim, work.sums + row * dim);
+    });
 }
 
 // Attends for the queries of one tile, in all heads.

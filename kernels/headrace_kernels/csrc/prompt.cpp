@@ -122,13 +122,16 @@ void spread_keys(const Entry* entries, int64_t count, int64_t dim, ThreadRoom& r
 void spread_values(const Entry* entries, int64_t count, int64_t dim, const KeyTile& out) {
     const auto element = [&](int64_t i, int64_t d) { return i < count ? load_bf16(entries[i].value + d) : zero(); };
     for (int64_t begin = 0; begin < kKeys; begin += 8) {
-        F8 most[8];
+        F8 most[8], poison[8];  // the latter is 0, or NaN if any element is NaN or infinite
         for (int i = 0; i < 8; ++i) {
-            most[i] = zero();
-            for (int64_t d = 0; d < dim; d += kLanes)
-                most[i] = _mm256_max_ps(most[i], magnitude(element(begin + i, d)));
+            most[i] = poison[i] = zero();
+            for (int64_t d = 0; d < dim; d += kLanes) {
+                const F8 x = element(begin + i, d);
+                most[i] = _mm256_max_ps(most[i], magnitude(x));
+                poison[i] = _mm256_add_ps(poison[i], _mm256_sub_ps(x, x));
+            }
         }
-        const F8 scale = _mm256_mul_ps(greatest_of(most), all(1.0f / kMostValue));
+        const F8 scale = fma(greatest_of(most), all(1.0f / kMostValue), sums_of(poison));
         // Below the normal numbers 1 / scale is infinite; such a value is zero for every purpose.
         const F8 is_some = _mm256_cmp_ps(scale, all(1.2e-38f), _CMP_NLT_UQ);
         store(out.value_scales + begin, _mm256_and_ps(scale, is_some));
@@ -251,17 +254,17 @@ void in_sixes(int64_t rows, const F& work) {
     }
 }
 
-// 2^x for x from -126 to 0, and of a smaller x as of -126; within 2.6e-6, finer than any code.
+// 2^x for x from -126 to 0, and 0 below; within 2.6e-6, finer than any code.
 F8 power_of_two(F8 x) {
-    x = _mm256_max_ps(all(-126.0f), x);  // in this order NaN stays NaN
+    const F8 is_some = _mm256_cmp_ps(x, all(-126.0f), _CMP_NLT_UQ);  // NaN stays NaN
     const F8 rounder = all(12582912.0f), rounded = _mm256_add_ps(x, rounder);  // its last bits are round(x)
     const F8 r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, rounder));
     F8 p = fma(all(9.570102207362652e-3f), r, all(5.591786280274391e-2f));
     p = fma(p, r, all(2.40247443318367e-1f));
     p = fma(p, r, all(6.931217908859253e-1f));
     p = fma(p, r, all(9.999992847442627e-1f));
-    return _mm256_castsi256_ps(
-        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(rounded), 23)));
+    const I8 power = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)), is_some);
 }
 
 // Turns the scores of eight rows into codes of their weights and moves their running softmax on.
@@ -274,12 +277,13 @@ void weights_of_rows(const Work& work, int64_t row, int64_t slot, const KeyTile&
         for (int64_t i = kLanes; i < kKeys; i += kLanes) most[r] = _mm256_max_ps(most[r], load(scores + r * kKeys + i));
     }
     const F8 before = load(work.most + row), now = _mm256_max_ps(before, greatest_of(most));
-    float offsets[8];  // without a key that is seen no weight counts
-    store(offsets, _mm256_and_ps(_mm256_mul_ps(now, all(-kLog2E)), _mm256_cmp_ps(now, all(kHidden), _CMP_NEQ_UQ)));
+    float greatest_scores[8];  // 0 without a key that is seen: all weights are then 0
+    store(greatest_scores, _mm256_and_ps(now, _mm256_cmp_ps(now, all(kHidden), _CMP_NEQ_UQ)));
     for (int r = 0; r < 8; ++r) {
         total[r] = scaled_total[r] = scaled_most[r] = zero();
         for (int64_t i = 0; i < kKeys; i += kLanes) {
-            const F8 weight = power_of_two(fma(load(scores + r * kKeys + i), all(kLog2E), all(offsets[r])));
+            const F8 below = _mm256_sub_ps(load(scores + r * kKeys + i), all(greatest_scores[r]));
+            const F8 weight = power_of_two(_mm256_mul_ps(below, all(kLog2E)));
             const F8 scaled = _mm256_mul_ps(weight, load(tile.value_scales + i));
             total[r] = _mm256_add_ps(total[r], weight);
             scaled_total[r] = _mm256_add_ps(scaled_total[r], scaled);

@@ -1,11 +1,13 @@
 """The measured cost of steps, kept from one start of an instance to the next."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from headrace.core.cost import CostModel
 from headrace.engine.kept_file import KeptFile
+
+MOST_S = 1e9
+"""No cost is greater; JSON can hold numbers that no float can."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ def _cost(found: object) -> CostModel | None:
     names = [field.name for field in fields(CostModel)]
     if not isinstance(found, dict) or sorted(found) != sorted(names):
         return None
-    if not all(isinstance(value, int | float) and math.isfinite(value) and value >= 0 for value in found.values()):
+    if not all(isinstance(value, int | float) and 0 <= value < MOST_S for value in found.values()):
         return None
     cost = CostModel(**{name: float(found[name]) for name in names})
     return cost if cost.is_sound else None

@@ -29,11 +29,11 @@ class KeptFile:
 
     def read(self) -> object:
         """Return what was kept, as JSON has it; None if there is nothing of this instance."""
+        if not self.path.is_file():
+            return None
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("kept measurement unreadable", extra={"path": str(self.path), "error": str(error)})
             return None
         if not isinstance(found, dict) or found.get("instance") != self._instance:

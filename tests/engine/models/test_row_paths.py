@@ -115,6 +115,7 @@ def test_without_a_file_nothing_is_kept_or_known():
         {"native_s": (0.0, *TABLE.native_s[1:])},
         {"native_s": (-1.0, *TABLE.native_s[1:])},
         {"native_s": (math.nan, *TABLE.native_s[1:])},
+        {"native_s": (10**400, *TABLE.native_s[1:])},
         {"torch_s": (math.inf, *TABLE.torch_s[1:])},
         {"torch_s": (None, *TABLE.torch_s[1:])},
         {"torch_s": "fast"},

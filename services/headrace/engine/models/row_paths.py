@@ -156,7 +156,7 @@ def known_table(kept: KeptFile | None) -> RowTable | None:
         return None
     is_whole = is_enough(table) and len(table.native_s) == len(table.torch_s) == len(table.rows)
     seconds = (*table.native_s, *table.torch_s)
-    is_sound = all(isinstance(time_s, int | float) and math.isfinite(time_s) and time_s > 0 for time_s in seconds)
+    is_sound = all(isinstance(time_s, float) and 0 < time_s < math.inf for time_s in seconds)
     return table if is_whole and is_sound else None
 
 
