@@ -8,49 +8,21 @@ from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, batch_item
 from headrace.engine.models.decoder import build_decoder
 from headrace.engine.models.loader import Model
-from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec, RopeSpec, architecture
 from headrace.engine.packing import PaddedRows
 from headrace.engine.runner import ModelRunner
 from headrace.techniques.prepacking.bins import FirstFitDecreasing
 from headrace.testing.runner import FakeRunner
+from headrace.testing.tiny_llama import TINY_LLAMA, RandomWeights
 
 NUM_BLOCKS = 24
-VOCAB = 48
+VOCAB = TINY_LLAMA.vocab_size
 PROMPT = tuple((7 * index + 3) % VOCAB for index in range(37))
 
 
-class RandomWeights:
-    def __init__(self):
-        self._generator = torch.Generator().manual_seed(11)
-
-    def has(self, name, layer=None):
-        return True
-
-    def read(self, name, shape, layer=None, *, kind="weight"):
-        values = torch.randn(shape, generator=self._generator) * 0.4
-        return 1.0 + 0.1 * values if "norm" in name else values
-
-
 def model_runner(pack=None):
-    layers = (LayerSpec(rope=RopeSpec(theta=10_000.0)),) * 2
-    spec = ModelSpec(
-        architecture=architecture("llama"),
-        vocab_size=VOCAB,
-        hidden_size=32,
-        mlp_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        layers=layers,
-        max_context_tokens=256,
-        norm_eps=1e-5,
-        attention_scale=8**-0.5,
-        activation=Activation.SILU,
-        eos_token_ids=frozenset({2}),
-    )
     device = torch.device("cpu")
-    decoder = build_decoder(spec, RandomWeights(), dtype=torch.float32, device=device)
-    model = Model(spec=spec, decoder=decoder, contents=(), dtype=torch.float32, device=device)
+    decoder = build_decoder(TINY_LLAMA, RandomWeights(), dtype=torch.float32, device=device)
+    model = Model(spec=TINY_LLAMA, decoder=decoder, contents=(), dtype=torch.float32, device=device)
     return ModelRunner(model, KvArena(model.kv_layout(16), NUM_BLOCKS, device, num_pad_blocks=1), pack=pack)
 
 

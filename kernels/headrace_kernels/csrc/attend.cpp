@@ -9,12 +9,12 @@
 #include "lanes.h"
 #include "linear.h"
 #include "prompt.h"
+#include "tile.h"
 
 namespace headrace {
 namespace {
 
 constexpr int64_t kFewRows = 16;     // queries of one KV head that read its keys as they lie
-constexpr int64_t kTogether = 6;     // of them at a time: as many as there are registers for
 constexpr int64_t kSplitKeys = 64;   // fewest entries of a cut along the keys
 
 void rotate(float* head, const float* cos, const float* sin, int64_t half) {
@@ -167,21 +167,6 @@ void weigh_few(const Keys& found, const float* weights, int64_t dim, float* sums
     }
 }
 
-// Calls work.template operator()<R>(first) for all rows, kTogether at most at a time.
-template <typename F>
-void with_rows(int64_t rows, const F& work) {
-    for (int64_t row = 0; row < rows; row += kTogether) {
-        switch (rows - row) {
-            case 1: work.template operator()<1>(row); break;
-            case 2: work.template operator()<2>(row); break;
-            case 3: work.template operator()<3>(row); break;
-            case 4: work.template operator()<4>(row); break;
-            case 5: work.template operator()<5>(row); break;
-            default: work.template operator()<6>(row); break;
-        }
-    }
-}
-
 // From [even 8][odd 8] per 16 elements to their order, or back.
 void interleave(float* x, int64_t dim) {
     for (int64_t d = 0; d < dim; d += 16) {
@@ -205,7 +190,7 @@ void deinterleave(float* x, int64_t dim) {
 void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Keys& found, bool is_masked,
               const Work& work) {
     const int64_t dim = layer.head_dim, group = layer.heads / layer.kv_heads, rows = tile.num_rows * group;
-    with_rows(rows, [&]<int R>(int64_t row) {
+    in_groups(rows, [&]<int R>(int64_t row) {
         score_few<R>(found, work.queries + row * dim, dim, work.scores + row * kKeys);
     });
     for (int64_t row = 0; row < rows; ++row) {
@@ -232,7 +217,7 @@ void add_keys(const Attend& layer, const Step& step, const Tile& tile, const Key
             for (int64_t d = 0; d < dim; d += kLanes)
                 store(work.sums + row * dim + d, _mm256_mul_ps(load(work.sums + row * dim + d), all(factor)));
     }
-    with_rows(rows, [&]<int R>(int64_t row) {
+    in_groups(rows, [&]<int R>(int64_t row) {
         weigh_few<R>(found, work.scores + row * kKeys, dim, work.sums + row * dim);
     });
 }

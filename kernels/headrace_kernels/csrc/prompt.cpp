@@ -2,10 +2,11 @@
 // again as fast as fp32. What is rounded, and how finely, depends on one vector alone, so that the result of a query
 // does not depend on what else is computed with it, nor on keys that it does not see:
 //   query, key   by its length: a dot product of two stays within int32 whatever their direction (Cauchy-Schwarz),
-//                and a code is about 2^-15 of the length
-//   value        by its largest element, to 15 bits
+//                and a code of a query is about 2^-16 of the length
+//   value        by its largest element, to 13 to 14 bits
 //   weights      of a query for the keys of a tile, times the scales of their values: by their sum and the greatest
-//                of them, to 12 to 16 bits
+//                of them, to 13 to 16 bits
+// Keys and values are bf16: with scales that are powers of two nearly all of their elements keep all their digits.
 // The running softmax is that of FlashAttention-2 (arXiv:2307.08691, section 3.1).
 #include "prompt.h"
 
@@ -14,6 +15,7 @@
 
 #include "keys.h"
 #include "lanes.h"
+#include "tile.h"
 
 namespace headrace {
 namespace {
@@ -23,9 +25,10 @@ constexpr int64_t kRows = 24;     // queries at work together: what they need st
 constexpr int64_t kMostSpread = 64 << 20;  // bytes of keys and values spread at a time, unless one head takes more
 
 constexpr float kMostCode = 32767.0f;
-constexpr float kMostLength = 46300.0f;    // kMostLength^2 < 2^31, with room for the rounding of 256 elements
-constexpr float kMostValue = 16383.0f;
-constexpr float kMostWeights = 131000.0f;  // sum; (kMostWeights + kKeys / 2) * kMostValue < 2^31
+// Their product is below 2^31, with room for the rounding of 256 elements.
+constexpr float kMostKeyLength = 40000.0f, kMostQueryLength = 53600.0f;
+constexpr float kMostValue = 8191.0f;
+constexpr float kMostWeights = 262100.0f;  // sum; (kMostWeights + kKeys / 2) * kMostValue < 2^31
 
 // Keys and values of a tile in the order of the products; what it lacks is zero.
 struct KeyTile {
@@ -53,11 +56,17 @@ F8 magnitude(F8 x) { return _mm256_andnot_ps(all(-0.0f), x); }
 // The int16 of 16 int32, in order.
 I8 narrow(I8 low, I8 high) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8); }
 
+// The greatest powers of two up to x, for normal numbers above 0; NaN stays NaN.
+F8 power_below(F8 x) {
+    const F8 power = _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
+    return _mm256_or_ps(power, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
 I8 codes_of(F8 x, F8 factor) { return _mm256_cvtps_epi32(_mm256_mul_ps(x, factor)); }
 
 // Rounds eight vectors by their lengths to codes[8][dim]; `element(i, d)` gives eight elements of vector i. Returns the
 // scales of the codes.
-template <typename F>
+template <bool are_keys, typename F>
 F8 round_by_length(int64_t dim, const F& element, int16_t* codes) {
     F8 squares[8], most[8];
     for (int i = 0; i < 8; ++i) {
@@ -69,8 +78,9 @@ F8 round_by_length(int64_t dim, const F& element, int16_t* codes) {
         }
     }
     const F8 length = _mm256_sqrt_ps(sums_of(squares));
-    const F8 factor = _mm256_min_ps(_mm256_div_ps(all(kMostCode), greatest_of(most)),
-                                    _mm256_div_ps(all(kMostLength), length));
+    const F8 finest = _mm256_min_ps(_mm256_div_ps(all(kMostCode), greatest_of(most)),
+                                    _mm256_div_ps(all(are_keys ? kMostKeyLength : kMostQueryLength), length));
+    const F8 factor = are_keys ? power_below(finest) : finest;
     // Shorter than the root of the smallest number it is zero for every purpose.
     const F8 is_some = _mm256_cmp_ps(length, zero(), _CMP_NEQ_UQ);
     float factors[8];
@@ -110,7 +120,7 @@ void spread_keys(const Entry* entries, int64_t count, int64_t dim, ThreadRoom& r
         const auto element = [&](int64_t i, int64_t d) {
             return begin + i < count ? load_bf16(entries[begin + i].key + d) : zero();
         };
-        store(out.key_scales + begin, round_by_length(dim, element, codes));
+        store(out.key_scales + begin, round_by_length<true>(dim, element, codes));
         for (int64_t d = 0; d < dim; d += 16) {
             I8 rows[8];
             for (int i = 0; i < 8; ++i) rows[i] = _mm256_loadu_si256(reinterpret_cast<const I8*>(codes + i * dim + d));
@@ -131,7 +141,8 @@ void spread_values(const Entry* entries, int64_t count, int64_t dim, const KeyTi
                 poison[i] = _mm256_add_ps(poison[i], _mm256_sub_ps(x, x));
             }
         }
-        const F8 scale = fma(greatest_of(most), all(1.0f / kMostValue), sums_of(poison));
+        // Less than twice that power of two is the largest element, and less than kMostValue + 1 its code.
+        const F8 scale = fma(power_below(greatest_of(most)), all(2.0f / (kMostValue + 1)), sums_of(poison));
         // Below the normal numbers 1 / scale is infinite; such a value is zero for every purpose.
         const F8 is_some = _mm256_cmp_ps(scale, all(1.2e-38f), _CMP_NLT_UQ);
         store(out.value_scales + begin, _mm256_and_ps(scale, is_some));
@@ -239,32 +250,17 @@ template <int R>
         });
 }
 
-// Calls work.template operator()<R>(first) for all rows, up to six at a time: as many as there are registers for.
-template <typename F>
-void in_sixes(int64_t rows, const F& work) {
-    int64_t row = 0;
-    for (; row + 6 <= rows; row += 6) work.template operator()<6>(row);
-    switch (rows - row) {
-        case 5: return work.template operator()<5>(row);
-        case 4: return work.template operator()<4>(row);
-        case 3: return work.template operator()<3>(row);
-        case 2: return work.template operator()<2>(row);
-        case 1: return work.template operator()<1>(row);
-        default: return;
-    }
-}
-
 // 2^x for x from -126 to 0, and 0 below; within 2.6e-6, finer than any code.
 F8 power_of_two(F8 x) {
     const F8 is_some = _mm256_cmp_ps(x, all(-126.0f), _CMP_NLT_UQ);  // NaN stays NaN
-    const F8 rounder = all(12582912.0f), rounded = _mm256_add_ps(x, rounder);  // its last bits are round(x)
+    const F8 rounder = all(12583039.0f), rounded = _mm256_add_ps(x, rounder);  // last bits: round(x) + 127
     const F8 r = _mm256_sub_ps(x, _mm256_sub_ps(rounded, rounder));
     F8 p = fma(all(9.570102207362652e-3f), r, all(5.591786280274391e-2f));
     p = fma(p, r, all(2.40247443318367e-1f));
     p = fma(p, r, all(6.931217908859253e-1f));
     p = fma(p, r, all(9.999992847442627e-1f));
-    const I8 power = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
-    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power)), is_some);
+    const F8 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(rounded), 23));
+    return _mm256_and_ps(_mm256_mul_ps(p, power), is_some);
 }
 
 // Turns the scores of eight rows into codes of their weights and moves their running softmax on.
@@ -325,7 +321,7 @@ public:
                 const int64_t some = std::min(row + i, rows_ - 1);
                 queries[i] = step.buffers[layer.source] + (token(some) * width + head(some)) * dim_;
             }
-            const F8 scales = round_by_length(
+            const F8 scales = round_by_length<false>(
                 dim_, [&](int64_t i, int64_t d) { return load(queries[i] + d); }, work_.queries + row * dim_);
             store(work_.query_scales + row, _mm256_mul_ps(scales, all(layer.scale)));
         }
@@ -335,13 +331,13 @@ public:
     void add(const KeyTile& keys, int64_t count, bool is_masked) const {
         for (int64_t row = 0; row < rows_; row += kRows) {
             const int64_t size = std::min(kRows, rows_ - row);
-            in_sixes(size, [&]<int R>(int64_t slot) { score<R>(work_, row + slot, slot, dim_, keys); });
+            in_groups(size, [&]<int R>(int64_t slot) { score<R>(work_, row + slot, slot, dim_, keys); });
             if (is_masked || count < kKeys || layer_.soft_cap > 0)
                 for (int64_t slot = 0; slot < size; ++slot)
                     cap_and_hide(layer_, step_.positions[token(row + slot)], keys.positions, count, is_masked,
                                  work_.scores + slot * kKeys);
             for (int64_t slot = 0; slot < size; slot += 8) weights_of_rows(work_, row + slot, slot, keys);
-            in_sixes(size, [&]<int R>(int64_t slot) { weigh<R>(work_, row + slot, slot, dim_, keys); });
+            in_groups(size, [&]<int R>(int64_t slot) { weigh<R>(work_, row + slot, slot, dim_, keys); });
         }
     }
 

@@ -1,9 +1,29 @@
-// C += A B for a few rows of A and 16 columns of B, in fp32.
+// Work on a few rows at a time, and C += A B for rows of A and 16 columns of B, in fp32.
 #pragma once
 
 #include "lanes.h"
 
 namespace headrace {
+
+// Calls work.template operator()<R>(first) for all rows: in groups of six at most, as there are registers for, and as
+// equal as they can be, since one or two rows alone would wait for their sums.
+template <typename F>
+inline void in_groups(int64_t rows, const F& work) {
+    constexpr int64_t kMost = 6;
+    int64_t row = 0;
+    for (int64_t groups = (rows + kMost - 1) / kMost; groups > 0; --groups) {
+        const int64_t size = (rows - row + groups - 1) / groups;
+        switch (size) {
+            case 1: work.template operator()<1>(row); break;
+            case 2: work.template operator()<2>(row); break;
+            case 3: work.template operator()<3>(row); break;
+            case 4: work.template operator()<4>(row); break;
+            case 5: work.template operator()<5>(row); break;
+            default: work.template operator()<6>(row); break;
+        }
+        row += size;
+    }
+}
 
 template <int R>
 inline void add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
@@ -30,24 +50,12 @@ inline void add_product(const float* a, int64_t a_stride, const float* b, int64_
     }
 }
 
-// The same for any number of rows, in groups as equal as they can be: one or two rows alone would wait for their sums.
+// The same for any number of rows.
 inline void add_product(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                         int64_t c_stride, int64_t depth) {
-    constexpr int64_t kMost = 6;
-    for (int64_t groups = (rows + kMost - 1) / kMost; groups > 0; --groups) {
-        const int64_t size = (rows + groups - 1) / groups;
-        switch (size) {
-            case 1: add_product<1>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-            case 2: add_product<2>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-            case 3: add_product<3>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-            case 4: add_product<4>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-            case 5: add_product<5>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-            default: add_product<6>(a, a_stride, b, b_stride, c, c_stride, depth); break;
-        }
-        rows -= size;
-        a += size * a_stride;
-        c += size * c_stride;
-    }
+    in_groups(rows, [&]<int R>(int64_t row) {
+        add_product<R>(a + row * a_stride, a_stride, b, b_stride, c + row * c_stride, c_stride, depth);
+    });
 }
 
 }  // namespace headrace

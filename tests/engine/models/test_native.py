@@ -133,22 +133,23 @@ def test_every_kind_of_grid_is_read_bit_by_bit(kind, tmp_path, real):
 
 
 def test_the_quantised_model_keeps_nearer_to_fp32_than_bf16_does(smollm2_path, oracle):
-    errors = {}
+    errors, last = {}, {}
     for name, options in (("grid", {"quantised": True}), ("bf16", {}), ("int8", {"quantised": True, "input_bits": 8})):
         model = load_model(smollm2_path, dtype=torch.bfloat16, device=CPU, **options)
         assert model.is_quantised is (name != "bf16")
         runner = ModelRunner(model, KvArena(model.kv_layout(), 8, CPU))
         differences = []
-        for text in PROMPTS[:12]:
+        for text in PROMPTS[:6]:
             tokens = oracle.tokens(text)
-            wanted = oracle.logits(tokens, first=len(tokens) - 1)
-            found = runner.run(Batch(items=(batch_item(tokens, 0, range(8), sample=True),)))
-            differences.append((found - wanted).abs())
-        errors[name] = torch.cat(differences)
+            beginnings = [tokens[: end + 1] for end in range(len(tokens))]
+            items = (batch_item(beginning, 0, range(8), sample=True) for beginning in beginnings)
+            found = torch.cat([runner.run(Batch(items=(item,))) for item in items])
+            differences.append((found - oracle.logits(tokens)).abs())
+        errors[name], last[name] = torch.cat(differences), torch.stack([rows[-1] for rows in differences])
     assert errors["grid"].mean() < errors["bf16"].mean()
-    assert errors["grid"].max() < 0.15
-    # What int8 adds is mostly chance in so few rows (0.15 and 0.14 with the same divergence over 2,555 tokens).
-    assert errors["bf16"].mean() < errors["int8"].mean() < 0.2
+    assert last["grid"].mean() < last["bf16"].mean()
+    assert last["grid"].max() < 0.15
+    assert errors["bf16"].mean() < errors["int8"].mean() < 0.18  # 0.152; one row alone 0.06 to 0.34
 
 
 def test_a_model_whose_sizes_do_not_fit_takes_the_plain_path(tmp_path):

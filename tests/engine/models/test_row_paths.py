@@ -27,27 +27,12 @@ from headrace.engine.models.row_paths import (
     known_table,
     measure,
 )
-from headrace.engine.models.spec import Activation, LayerSpec, ModelSpec, RopeSpec, architecture
 from headrace.engine.runner import ModelRunner
+from headrace.testing.tiny_llama import TINY_LLAMA, RandomWeights
 
 CPU = torch.device("cpu")
-VOCABULARY = 90
 BORDER = 16
 THREADS = 2
-SPEC = ModelSpec(
-    architecture=architecture("llama"),
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    mlp_size=96,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    layers=(LayerSpec(rope=RopeSpec(theta=1000.0)), LayerSpec(rope=RopeSpec(theta=1000.0), window=9)),
-    max_context_tokens=256,
-    norm_eps=1e-5,
-    attention_scale=16**-0.5,
-    activation=Activation.SILU,
-)
 
 
 def table_of(gains):
@@ -155,7 +140,7 @@ class Scripted:
 def scripted_table(native_row_s, torch_row_s, limit_s):
     clock, begun = VirtualClock(), []
     paths = (Scripted("native", native_row_s, begun, clock), Scripted("torch", torch_row_s, begun, clock))
-    return measure(*paths, first_layer(SPEC), lambda: 1, clock, limit_s), begun, clock.now()
+    return measure(*paths, first_layer(TINY_LLAMA), lambda: 1, clock, limit_s), begun, clock.now()
 
 
 def test_both_paths_are_timed_in_turns_and_the_least_time_counts():
@@ -195,52 +180,25 @@ def test_a_real_layer_is_measured_either_way(smollm2_path, quantised):
     assert table.native_s[-1] > table.native_s[0]
 
 
-class RandomWeights:
-    """Weights that bf16 holds exactly."""
-
-    has_grid = False
-
-    def __init__(self):
-        self._generator = torch.Generator().manual_seed(3)
-
-    def has(self, name, layer=None):
-        return True
-
-    def read(self, name, shape, layer=None, *, kind="weight"):
-        values = torch.randn(shape, generator=self._generator) * 0.3
-        return (1.0 + 0.1 * values if "norm" in name else values).bfloat16().float()
-
-
-class KeptWeights(RandomWeights):
-    """The same weights, whatever is read first."""
-
-    def __init__(self):
-        super().__init__()
-        self._values = {}
-
-    def read(self, name, shape, layer=None, *, kind="weight"):
-        if (name, layer) not in self._values:
-            self._values[name, layer] = super().read(name, shape, layer, kind=kind)
-        return self._values[name, layer]
-
-
 @pytest.fixture(scope="module")
 def paths():
-    weights = KeptWeights()
-    native = NativeDecoder(SPEC, weights, quantised=False, most_threads=THREADS)
-    plain = build_decoder(SPEC, weights, dtype=torch.bfloat16, device=CPU)
-    exact = build_decoder(SPEC, weights, dtype=torch.float32, device=CPU)
+    weights = RandomWeights()
+    native = NativeDecoder(TINY_LLAMA, weights, quantised=False, most_threads=THREADS)
+    plain = build_decoder(TINY_LLAMA, weights, dtype=torch.bfloat16, device=CPU)
+    exact = build_decoder(TINY_LLAMA, weights, dtype=torch.float32, device=CPU)
     both = RowsDecoder(native, plain, torch_from=BORDER, most_threads=THREADS)
     return {"native": native, "torch": plain, "fp32": exact, "both": both}
 
 
 def runner_of(decoder, dtype=torch.bfloat16, threads=lambda: THREADS):
-    model = Model(spec=SPEC, decoder=decoder, contents=(), dtype=dtype, device=CPU)
+    model = Model(spec=TINY_LLAMA, decoder=decoder, contents=(), dtype=dtype, device=CPU)
     return ModelRunner(model, KvArena(model.kv_layout(), 16, CPU), threads)
 
 
 def prompt(size, start=0):
-    return batch_item([(7 * (start + place)) % VOCABULARY for place in range(size)], start, range(8), sample=True)
+    return batch_item(
+        [(7 * (start + place)) % TINY_LLAMA.vocab_size for place in range(size)], start, range(8), sample=True
+    )
 
 
 @pytest.mark.cpu
