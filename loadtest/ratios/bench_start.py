@@ -1,7 +1,6 @@
 """Start one worker of the bundled model again and again, and time each start until it says that it is ready."""
 
 import argparse
-import contextlib
 import os
 import statistics
 import subprocess
@@ -12,9 +11,7 @@ from pathlib import Path
 from harness import commit, machine
 
 from headrace.cli.layout import HOST, SERVE, SPIN_BRIEFLY, STAY_LOCAL, bundled_model
-from headrace.cli.ports import Ports, default_folder
 
-FIRST_PORT = 50051
 READY = b'"is_ready": true'
 """In the log, once the worker has computed a token of its own and answers health checks with SERVING."""
 LONGEST_S = 120.0
@@ -23,24 +20,22 @@ POLL_S = 0.01
 
 def bench(role: str, starts: int) -> None:
     """Print seconds and CPU seconds of each start; the first one keeps what the others find, and is left out."""
-    with contextlib.closing(Ports(HOST, default_folder())) as ports:
-        port = ports.take(FIRST_PORT)
-        start(role, port)
-        figures = []
-        for number in range(1, starts + 1):
-            figures.append(start(role, port))
-            print(f"start {number}: {figures[-1][0]:.2f} s, {figures[-1][1]:.2f} s of CPU", flush=True)
+    start(role)
+    figures = []
+    for number in range(1, starts + 1):
+        figures.append(start(role))
+        print(f"start {number}: {figures[-1][0]:.2f} s, {figures[-1][1]:.2f} s of CPU", flush=True)
     taken_s, cpu_s = (statistics.median(column) for column in zip(*figures, strict=True))
     print(f"warm start, {role}: median {taken_s:.2f} s, {cpu_s:.2f} s of CPU; {machine()}; commit {commit()}")
 
 
-def start(role: str, port: int) -> tuple[float, float]:
+def start(role: str) -> tuple[float, float]:
     """Start a worker alone and end it; return the seconds until it was ready and those of CPU that it took.
 
     Raises:
         RuntimeError: it did not become ready; the message is what it said.
     """
-    options = ("name=start", f"host={HOST}", f"grpc_port={port}", f"model={bundled_model()}", "exit_with_parent=true")
+    options = ("name=start", f"host={HOST}", "grpc_port=0", f"model={bundled_model()}", "exit_with_parent=true")
     command = [*SERVE, role, *(part for option in options for part in ("--set", option))]
     with tempfile.NamedTemporaryFile() as log:
         begun_s = time.perf_counter()

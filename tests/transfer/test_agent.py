@@ -1,6 +1,7 @@
 """NIXL's bindings."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from headrace.errors import ConfigError
 from headrace.transfer import agent
+from headrace.transfer.arena import arena_of, map_blocks
 
 
 def test_loading_nixl_prints_nothing_imports_no_torch_and_leaves_logging_as_it_was():
@@ -34,3 +36,13 @@ def test_a_transport_list_that_nixl_cannot_use_is_a_configuration_error(monkeypa
     monkeypatch.setenv("UCX_TLS", "self")
     with pytest.raises(ConfigError, match="UCX_TLS"):
         agent.Transport("lonely")
+
+
+def test_a_closed_agent_leaves_no_thread_though_its_transport_is_still_known():
+    before = set(os.listdir("/proc/self/task"))
+    transport = agent.Transport("closing")
+    opened = agent.NixlAgent(transport, arena_of(map_blocks(1, 4096)))
+    assert set(os.listdir("/proc/self/task")) - before
+    opened.close()
+    assert transport.handle is None
+    assert not set(os.listdir("/proc/self/task")) - before

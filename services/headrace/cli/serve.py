@@ -69,9 +69,10 @@ def main() -> int:
     parser.add_argument("role", type=Role)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--print-config", action="store_true")
     options = parser.parse_args()
     try:
-        return serve(options.role, file=options.config, assignments=options.set)
+        return serve(options.role, file=options.config, assignments=options.set, print_config=options.print_config)
     except ConfigError as error:
         sys.stderr.write(f"headrace: {error}\n")
         return 2

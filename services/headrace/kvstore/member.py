@@ -18,8 +18,8 @@ from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
+from headrace.runtime.footprint import num_fds, num_tasks
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import num_fds, num_tasks
 from headrace.transfer.agent import Transport, load_bindings
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import Connector, TransferStats
