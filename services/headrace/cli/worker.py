@@ -267,9 +267,8 @@ def _assemble(
             name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=machine.runner.layout
         )
         client = KvClient(config.kvstore, channels, connector, peers, caller, clock)
-    exchange = ExchangeParts(
-        engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=config.block_tokens
-    )
+    size = config.block_tokens
+    exchange = ExchangeParts(engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=size)
     blocks = BlockExchange(exchange, client, machine.fingerprint, config.transfer_deadline_s)
     changes.listener = blocks.note_change
     prefill = PrefillParts(
@@ -283,7 +282,7 @@ def _assemble(
         tasks=tasks,
         address=_address(config),
         epoch=epoch,
-        block_tokens=config.block_tokens,
+        block_tokens=size,
         block_bytes=machine.arena.block_bytes,
         transfer_deadline_s=config.transfer_deadline_s,
         push_whole=config.push_whole,
