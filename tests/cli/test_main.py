@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from headrace import catalog
-from headrace.cli.main import Role
+from headrace.cli.serve import Role
 
 
 def headrace(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from headrace.clock import WallClock
 from headrace.errors import DeadlineExceeded, PeerFailed, PeerMismatch
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.transfer_peer import TransferPeer, digest_of
+from headrace.transfer.agent import Transport
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import Connector, PoolDescriptor
 from headrace.transfer.nixl import NixlConnector
@@ -58,7 +59,7 @@ class Bench:
         name = f"own-{time.monotonic_ns()}"
         if lane == "fake":
             return FakeConnector(self.fabric, name, self.blocks, "own", CLOCK)
-        return NixlConnector(name, arena_of(self.blocks), "own", CLOCK)
+        return NixlConnector(Transport(name), arena_of(self.blocks), "own", CLOCK)
 
     async def peer(self) -> Peer:
         found = self._fake_peer() if self._lane == "fake" else self._process_peer()

@@ -37,5 +37,18 @@ def test_a_part_that_computes_nothing_imports_no_torch(package: str) -> None:
     assert came_along([f"headrace.{package}"], {"torch", "triton", "transformers"}) == ""
 
 
+def test_a_service_starts_without_the_commands_that_it_does_not_run() -> None:
+    assert came_along(["headrace.cli.serve"], {"typer", "pydantic", "torch", "grpc", "fastapi", "numpy"}) == ""
+
+
+def test_a_worker_opens_its_transport_before_torch_is_there() -> None:
+    assert came_along(["headrace.cli.begin_worker"], {"torch", "gguf", "safetensors"}) == ""
+
+
+def test_a_worker_waits_for_nothing_that_only_others_need() -> None:
+    unwanted = {"typer", "pydantic", "fastapi", "uvicorn", "prometheus_client", "transformers", "tokenizers", "rich"}
+    assert came_along(["headrace.cli.worker"], unwanted) == ""
+
+
 def test_the_probe_sees_what_came_along() -> None:
     assert came_along(["headrace.settings"], {"yaml", "torch"}) == "yaml"

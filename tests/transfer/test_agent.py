@@ -1,6 +1,7 @@
 """NIXL's bindings."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -14,10 +15,10 @@ from headrace.transfer.arena import arena_of, map_blocks
 def test_loading_nixl_prints_nothing_imports_no_torch_and_leaves_logging_as_it_was():
     program = (
         "import sys, logging, headrace.transfer.nixl\n"
-        "from headrace.transfer.agent import load_bindings, NixlAgent\n"
+        "from headrace.transfer.agent import load_bindings, NixlAgent, Transport\n"
         "from headrace.transfer.arena import arena_of, map_blocks\n"
         "load_bindings()\n"
-        "NixlAgent('quiet', arena_of(map_blocks(1, 4096))).close()\n"
+        "NixlAgent(Transport('quiet'), arena_of(map_blocks(1, 4096))).close()\n"
         "assert 'torch' not in sys.modules and logging.raiseExceptions\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
@@ -34,4 +35,14 @@ def test_a_transport_list_that_nixl_cannot_use_is_a_configuration_error(monkeypa
     caplog.set_level(logging.CRITICAL)
     monkeypatch.setenv("UCX_TLS", "self")
     with pytest.raises(ConfigError, match="UCX_TLS"):
-        agent.NixlAgent("lonely", arena_of(map_blocks(1, 4096)))
+        agent.Transport("lonely")
+
+
+def test_a_closed_agent_leaves_no_thread_though_its_transport_is_still_known():
+    before = set(os.listdir("/proc/self/task"))
+    transport = agent.Transport("closing")
+    opened = agent.NixlAgent(transport, arena_of(map_blocks(1, 4096)))
+    assert set(os.listdir("/proc/self/task")) - before
+    opened.close()
+    assert transport.handle is None
+    assert not set(os.listdir("/proc/self/task")) - before

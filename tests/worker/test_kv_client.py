@@ -21,6 +21,7 @@ from headrace.kvstore.config import KvStoreConfig
 from headrace.runtime.channels import Channels
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.kvstore import fake_kvstore, serve_kvstore
+from headrace.transfer.agent import Transport
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import Connector
 from headrace.transfer.nixl import NixlConnector
@@ -62,7 +63,7 @@ class Worker:
 
     def _connector(self, fabric: Fabric | None) -> Connector:
         if fabric is None:
-            return NixlConnector(self.name, arena_of(self.blocks), self.name, CLOCK)
+            return NixlConnector(Transport(self.name), arena_of(self.blocks), self.name, CLOCK)
         return FakeConnector(fabric, self.name, self.blocks, self.name, CLOCK)
 
     def _introduce(self) -> cluster_pb2.HandshakeRequest:

@@ -23,7 +23,7 @@ SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000"}
 millisecond), and sleep between steps, when the cores belong to other processes."""
 STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
 """The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
-SERVE = (sys.executable, "-m", "headrace.cli.main", "serve")
+SERVE = (sys.executable, "-m", "headrace.cli.serve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,14 +1,11 @@
 """The command `headrace`. Every command imports what it needs when it runs, so that help is quick."""
 
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +13,9 @@ from headrace import settings
 from headrace.cli.chat import chat
 from headrace.cli.complete import complete
 from headrace.cli.models import models
+from headrace.cli.serve import Role
+from headrace.cli.serve import serve as run_role
 from headrace.errors import ConfigError, HeadraceError, NotReady, PeerFailed
-from headrace.settings import ServeArgs
 
 if TYPE_CHECKING:
     from headrace.cli.state import ClusterState
@@ -38,25 +36,6 @@ app.command()(complete)
 app.command()(models)
 
 
-class Role(Enum):
-    """What `headrace serve` can run."""
-
-    ROUTER = "router"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    HYBRID = "hybrid"
-    KVSTORE = "kvstore"
-
-
-ROOTS = {
-    Role.ROUTER: "headrace.router.__main__:run",
-    Role.PREFILL: "headrace.cli.worker:run",
-    Role.DECODE: "headrace.cli.worker:run",
-    Role.HYBRID: "headrace.cli.worker:run",
-    Role.KVSTORE: "headrace.kvstore.__main__:run",
-}
-"""Composition root of each role: `run(args: ServeArgs) -> int`."""
-
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="State of the cluster; default .run")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set one option.")]
 ClusterAssignments = Annotated[
@@ -75,14 +54,8 @@ def serve(
     print_config: Annotated[bool, typer.Option("--print-config", help="Show value and origin, then leave.")] = False,
 ) -> None:
     """Run one service until SIGTERM."""
-    overrides = {} if role in (Role.ROUTER, Role.KVSTORE) else {"role": role.value}
-    overrides |= settings.parse_assignments(assignments or ())
-    if dtype is not None:
-        overrides["dtype"] = dtype
-    args = ServeArgs(file=config, overrides=overrides, env=settings.environment(), print_config=print_config)
-    module, _, name = ROOTS[role].partition(":")
-    run = cast(Callable[[ServeArgs], int], getattr(importlib.import_module(module), name))
-    raise typer.Exit(run(args))
+    code = run_role(role, file=config, assignments=assignments or (), dtype=dtype, print_config=print_config)
+    raise typer.Exit(code)
 
 
 @app.command()

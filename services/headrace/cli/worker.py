@@ -6,9 +6,6 @@ lost all workers of one role still serves.
 
 import asyncio
 import contextlib
-import logging
-import secrets
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,12 +42,11 @@ from headrace.prefill.job import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
-from headrace.runtime.lifecycle import Lifecycle, run_service
-from headrace.runtime.logs import setup_logs
+from headrace.runtime.lifecycle import Lifecycle
 from headrace.runtime.server import GrpcServer
 from headrace.seams.pack import PackPolicy
 from headrace.seams.shape import ShapeContext, ShapePolicy
-from headrace.settings import ServeArgs
+from headrace.transfer.agent import Transport
 from headrace.transfer.arena import Arena
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
@@ -64,27 +60,9 @@ from headrace.worker.peers import Peers
 from headrace.worker.process import MemberParts, WorkerMember
 from headrace_kernels import native
 
-logger = logging.getLogger(__name__)
-
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
-
-
-def run(args: ServeArgs) -> int:
-    """Serve until SIGTERM; returns the exit code."""
-    loaded = args.load(WorkerConfig, "worker")
-    if args.print_config:
-        sys.stdout.write(loaded.describe() + "\n")
-        return 0
-    config = loaded.value
-    setup_logs(sys.stderr, name=config.name, role=config.role.value)
-    logger.info("configuration", extra={"settings": loaded.describe()})
-
-    async def main(lifecycle: Lifecycle) -> None:
-        await serve(config, lifecycle)
-
-    return run_service(main, exit_with_parent=config.exit_with_parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,13 +172,21 @@ def step_cost(
     return cost
 
 
-async def serve(config: WorkerConfig, lifecycle: Lifecycle) -> None:
-    """Run a worker until the process is asked to leave."""
+async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport, epoch: str) -> None:
+    """Run a worker until the process is asked to leave.
+
+    Args:
+        config: Its settings.
+        lifecycle: Tells when to leave.
+        transport: What its blocks travel by; nothing is registered yet.
+        epoch: Lifetime of this process.
+    """
     make = shape_maker(config.shape)
     machine = await _in_own_thread(partial(build_machine, config))
     shape = make(shape_context(config, machine.cost))
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
-        parts = _assemble(config, machine, shape, channels, tasks)
+        connector = NixlConnector(transport, _transfer_arena(machine.arena), epoch, WallClock())
+        parts = _assemble(config, machine, shape, connector, channels, tasks)
         member = WorkerMember(parts.member, parts.peers, begin_drain=partial(lifecycle.stop, "drain"))
         server = _server(config, parts, member)
         await server.start()
@@ -251,13 +237,17 @@ class Parts:
 
 
 def _assemble(
-    config: WorkerConfig, machine: Machine, shape: ShapePolicy, channels: Channels, tasks: asyncio.TaskGroup
+    config: WorkerConfig,
+    machine: Machine,
+    shape: ShapePolicy,
+    connector: NixlConnector,
+    channels: Channels,
+    tasks: asyncio.TaskGroup,
 ) -> Parts:
-    clock, epoch, loop = WallClock(), secrets.token_hex(8), asyncio.get_running_loop()
+    clock, epoch, loop = WallClock(), connector.pool.epoch, asyncio.get_running_loop()
     changes = CacheChanges(loop)
     thread = EngineThread(build_engine(config, machine, shape, clock, changes), clock, machine.cores)
     engine = AsyncEngine(thread, loop)
-    connector = NixlConnector(f"{config.name}-{epoch}", _transfer_arena(machine.arena), epoch, clock)
     member = MemberParts(
         config=config,
         epoch=epoch,
@@ -277,9 +267,8 @@ def _assemble(
             name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=machine.runner.layout
         )
         client = KvClient(config.kvstore, channels, connector, peers, caller, clock)
-    exchange = ExchangeParts(
-        engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=config.block_tokens
-    )
+    size = config.block_tokens
+    exchange = ExchangeParts(engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=size)
     blocks = BlockExchange(exchange, client, machine.fingerprint, config.transfer_deadline_s)
     changes.listener = blocks.note_change
     prefill = PrefillParts(
@@ -293,7 +282,7 @@ def _assemble(
         tasks=tasks,
         address=_address(config),
         epoch=epoch,
-        block_tokens=config.block_tokens,
+        block_tokens=size,
         block_bytes=machine.arena.block_bytes,
         transfer_deadline_s=config.transfer_deadline_s,
         push_whole=config.push_whole,

@@ -18,9 +18,9 @@ from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
+from headrace.runtime.footprint import num_fds, num_tasks
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import num_fds, num_tasks
-from headrace.transfer.agent import load_bindings
+from headrace.transfer.agent import Transport, load_bindings
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import Connector, TransferStats
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
@@ -202,11 +202,11 @@ def build(
 
     def connect(num_blocks: int, block_bytes: int) -> Connector:
         arena = arena_of(map_blocks(num_blocks, block_bytes))
-        return NixlConnector(f"{config.name}-{epoch}", arena, epoch, clock)
+        return NixlConnector(Transport(f"{config.name}-{epoch}"), arena, epoch, clock)
 
     def connect_canary(blocks: NDArray[np.uint8], number: int) -> Connector:
         name = f"{config.name}-{epoch}-canary-{number}"
-        return NixlConnector(name, arena_of(blocks), epoch, clock, is_passive=False)
+        return NixlConnector(Transport(name, is_passive=False), arena_of(blocks), epoch, clock)
 
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
     member = KvStoreMember(config, epoch, actor, channels, clock, begin_drain)

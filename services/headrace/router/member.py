@@ -7,9 +7,10 @@ from headrace.errors import InvalidRequest
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
 from headrace.router.workers import Worker, WorkerTable
+from headrace.runtime.footprint import num_fds, num_tasks
 from headrace.runtime.lifecycle import Lifecycle
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import MemberLoad, num_fds, num_tasks
+from headrace.runtime.telemetry import MemberLoad
 from headrace.v1 import cluster_pb2, router_pb2
 
 PUBLISH_INTERVAL_S = 0.2

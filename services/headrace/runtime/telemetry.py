@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -278,16 +277,6 @@ class LoopLagProbe:
         """Show the longest lag of the samples kept as a gauge."""
         gauge = Gauge(f"headrace_{role}_loop_lag_seconds", "Longest lag of the event loop lately.", registry=registry)
         gauge.set_function(lambda: self.lag().max_s)
-
-
-def num_tasks() -> int:
-    """Return the live tasks of the running event loop."""
-    return len(asyncio.all_tasks())
-
-
-def num_fds() -> int:
-    """Return the open file descriptors of this process."""
-    return psutil.Process().num_fds()
 
 
 def _usage(ledger: cluster_pb2.LedgerReport) -> float:

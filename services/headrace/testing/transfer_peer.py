@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import blake3
 
 from headrace.clock import WallClock
+from headrace.transfer.agent import Transport
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import PoolDescriptor
 from headrace.transfer.nixl import NixlConnector
@@ -86,7 +87,8 @@ def digest_of(content: bytes) -> str:
 def main(num_blocks: int, block_bytes: int) -> None:
     """Serve one pool until the input ends."""
     blocks = map_blocks(num_blocks, block_bytes)
-    connector = NixlConnector(f"peer-{os.getpid()}-{os.urandom(4).hex()}", arena_of(blocks), "peer", WallClock())
+    transport = Transport(f"peer-{os.getpid()}-{os.urandom(4).hex()}")
+    connector = NixlConnector(transport, arena_of(blocks), "peer", WallClock())
     pool = connector.pool
     described = {name: getattr(pool, name) for name in PoolDescriptor.__dataclass_fields__}
     _say(json.dumps({**described, "agent_metadata": pool.agent_metadata.hex()}))

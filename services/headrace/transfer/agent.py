@@ -52,38 +52,68 @@ class Operation(Enum):
     WRITE = "write"
 
 
-class NixlAgent:
-    """One NIXL agent with one registered arena. Its verbs may block for as long as a copy takes.
+class Transport:
+    """NIXL's agent and its UCX back end, before any memory is registered.
 
+    Opening takes half a second, in C and without the GIL: a process with more to do at its start does both at once.
     Talks to the bindings and not to the package's own wrapper class, which hard-codes the delay of the
     progress thread to 0.
 
     Args:
         name: Unique over processes and restarts.
-        arena: Registered for as long as the agent lives.
         is_passive: Whether peers may begin transfers. It costs a thread that idles at 3 % of a core; an agent
             without it drives only the transfers that it began itself, when they are polled.
+
+    Attributes:
+        handle: The agent of the bindings.
+        bindings: NIXL's.
+        errors: What they raise.
 
     Raises:
         ConfigError: NIXL is not installed, or finds no transport that it can use.
     """
 
-    def __init__(self, name: str, arena: Arena, *, is_passive: bool = True) -> None:
-        self._nixl = load_bindings()
-        self._errors: tuple[type[Exception], ...] = tuple(getattr(self._nixl, kind) for kind in _ERRORS)
-        self._arena = arena
-        config = self._nixl.nixlAgentConfig()
+    def __init__(self, name: str, *, is_passive: bool = True) -> None:
+        self.name = name
+        self.bindings = load_bindings()
+        self.errors: tuple[type[Exception], ...] = tuple(getattr(self.bindings, kind) for kind in _ERRORS)
+        config = self.bindings.nixlAgentConfig()
         config.useProgThread = is_passive
         config.pthrDelay = PROGRESS_DELAY_US
         config.useListenThread = False
-        config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT
+        config.syncMode = self.bindings.NIXL_THREAD_SYNC_STRICT
+        with self.refused():
+            self.handle: Any = self.bindings.nixlAgent(name, config)
+            self.handle.createBackend("UCX", {})
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Say of any error of NIXL that there is no transport."""
         try:
-            self._agent: Any = self._nixl.nixlAgent(name, config)
-            self._agent.createBackend("UCX", {})
+            yield
+        except self.errors as error:
+            raise ConfigError(f"NIXL finds no transport: {error}; keep tcp in UCX_TLS if it is set") from None
+
+
+class NixlAgent:
+    """One NIXL agent with one registered arena. Its verbs may block for as long as a copy takes.
+
+    Args:
+        transport: The agent; belongs to this object from now on.
+        arena: Registered for as long as the agent lives.
+
+    Raises:
+        ConfigError: NIXL cannot register the arena.
+    """
+
+    def __init__(self, transport: Transport, arena: Arena) -> None:
+        self._nixl, self._errors = transport.bindings, transport.errors
+        self._transport = transport
+        self._agent = transport.handle
+        self._arena = arena
+        with transport.refused():
             self._registered = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, _rows(arena.base_address, arena.num_bytes))
             self._agent.registerMem(self._registered, [])
-        except self._errors as error:
-            raise ConfigError(f"NIXL finds no transport: {error}; keep tcp in UCX_TLS if it is set") from None
         self.own_blocks = self._prepare(self._nixl.NIXL_INIT_AGENT, _blocks(arena))
         self.metadata: bytes = self._agent.getLocalMD()
 
@@ -155,7 +185,7 @@ class NixlAgent:
     def close(self) -> None:
         """Free the transport: nothing lands after this, for nobody drives it any more."""
         self._agent.deregisterMem(self._registered, [])
-        self._agent = None
+        self._agent = self._transport.handle = None
 
     def _prepare(self, owner: str, rows: NDArray[np.uint64]) -> BlockList:
         return BlockList(self._agent.prepXferDlist(owner, self._nixl.nixlXferDList(self._nixl.DRAM_SEG, rows), []))

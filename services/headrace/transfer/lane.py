@@ -13,7 +13,7 @@ import time
 
 from headrace.errors import PeerFailed
 from headrace.settings import environment
-from headrace.transfer.agent import NixlAgent, Operation
+from headrace.transfer.agent import NixlAgent, Operation, Transport
 from headrace.transfer.arena import arena_of, map_blocks
 from headrace.transfer.connector import PoolDescriptor
 from headrace.transfer.wire import pool_from_proto, pool_to_proto
@@ -64,7 +64,7 @@ def parse_lane(output: str) -> str | None:
 def main() -> int:
     """Read the last block of the pool on standard input; return 0 when it arrived."""
     pool = pool_from_proto(block_pb2.TransferPool.FromString(sys.stdin.buffer.read()))
-    agent = NixlAgent(f"lane-probe-{time.time_ns()}", arena_of(map_blocks(1, pool.block_bytes)))
+    agent = NixlAgent(Transport(f"lane-probe-{time.time_ns()}"), arena_of(map_blocks(1, pool.block_bytes)))
     blocks = agent.connect(pool)
     request = agent.make(Operation.READ, pool.agent_name, blocks, ([0], [pool.num_blocks - 1]))
     deadline_s = time.monotonic() + READ_TIMEOUT_S

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from headrace.clock import Clock
 from headrace.errors import HeadraceError, PeerFailed
-from headrace.transfer.agent import IdPairs, NixlAgent, Operation
+from headrace.transfer.agent import IdPairs, NixlAgent, Operation, Transport
 from headrace.transfer.arena import Arena
 from headrace.transfer.connector import PoolDescriptor, TransferStats
 from headrace.transfer.lane import probe_lane
@@ -21,21 +21,20 @@ class NixlConnector:
     Used from one event loop. A cancelled call leaves its transfer to run to its end; see `when_settled`.
 
     Args:
-        agent_name: Unique over processes and restarts.
+        transport: What the blocks travel by; closed with this object.
         arena: The own blocks; registered once, kept alive until `close`.
         epoch: Lifetime of this process.
         clock: Deadlines are on it.
-        is_passive: Whether peers may begin transfers; see `NixlAgent`.
 
     Raises:
-        ConfigError: NIXL is not installed or finds no transport.
+        ConfigError: NIXL cannot register the arena.
     """
 
-    def __init__(self, agent_name: str, arena: Arena, epoch: str, clock: Clock, *, is_passive: bool = True) -> None:
-        agent = NixlAgent(agent_name, arena, is_passive=is_passive)
+    def __init__(self, transport: Transport, arena: Arena, epoch: str, clock: Clock) -> None:
+        agent = NixlAgent(transport, arena)
         self._arena = arena
         self._pool = PoolDescriptor(
-            agent_name=agent_name,
+            agent_name=transport.name,
             agent_metadata=agent.metadata,
             base_address=arena.base_address,
             block_bytes=arena.block_bytes,

@@ -13,8 +13,8 @@ from headrace.core.wire import layout_to_proto
 from headrace.engine.batch import Runner
 from headrace.engine.messages import EngineStats, Goal, Sampled
 from headrace.errors import HeadraceError
+from headrace.runtime.footprint import num_fds, num_tasks
 from headrace.runtime.server import GrpcServer
-from headrace.runtime.telemetry import num_fds, num_tasks
 from headrace.transfer.connector import Connector, PoolDescriptor
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
 from headrace.transfer.wire import pool_to_proto

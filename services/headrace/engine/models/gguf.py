@@ -1,7 +1,8 @@
 """Specs and weights from a GGUF file."""
 
+import struct
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,12 +42,12 @@ class _Reader(GGUFReader):
 
     def _after_strings(self, at: int, count: int) -> int:
         data = self._plain.data
-        order: Literal["big", "little"] = "big" if self.byte_order == "S" else "little"
-        for _ in range(count):
-            length = data[at : at + 8]
-            if len(length) < 8:
-                raise ValueError(f"a list of {count} strings goes beyond the end of the file")
-            at += 8 + int.from_bytes(length, order)
+        length_at = struct.Struct(">Q" if self.byte_order == "S" else "<Q").unpack_from
+        try:
+            for _ in range(count):
+                at += 8 + length_at(data, at)[0]
+        except (struct.error, OverflowError):
+            raise ValueError(f"a list of {count} strings goes beyond the end of the file") from None
         return at
 
     @property  # type: ignore[override]

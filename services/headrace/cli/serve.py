@@ -1,0 +1,82 @@
+"""Run one service; as `python -m headrace.cli.serve` too, which is `headrace serve` without the other commands.
+
+A supervisor starts services that way: what the whole command line imports takes a quarter of a second of each.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import cast
+
+from headrace import settings
+from headrace.cli.imports import collector_off
+from headrace.errors import ConfigError
+from headrace.settings import ServeArgs
+
+
+class Role(Enum):
+    """What `headrace serve` can run."""
+
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    HYBRID = "hybrid"
+    KVSTORE = "kvstore"
+
+
+ROOTS = {
+    Role.ROUTER: "headrace.router.__main__:run",
+    Role.PREFILL: "headrace.cli.begin_worker:run",
+    Role.DECODE: "headrace.cli.begin_worker:run",
+    Role.HYBRID: "headrace.cli.begin_worker:run",
+    Role.KVSTORE: "headrace.kvstore.__main__:run",
+}
+"""Composition root of each role: `run(args: ServeArgs) -> int`."""
+
+
+def serve(
+    role: Role, *, file: Path | None, assignments: Sequence[str], dtype: str | None = None, print_config: bool = False
+) -> int:
+    """Run a service until SIGTERM; return its exit code.
+
+    Args:
+        role: What to run.
+        file: YAML file with a section per role.
+        assignments: Values of `--set`.
+        dtype: Precision of a worker, like `--set dtype=`.
+        print_config: Show the resolved configuration and leave.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    overrides = {} if role in (Role.ROUTER, Role.KVSTORE) else {"role": role.value}
+    overrides |= settings.parse_assignments(assignments)
+    if dtype is not None:
+        overrides["dtype"] = dtype
+    args = ServeArgs(file=file, overrides=overrides, env=settings.environment(), print_config=print_config)
+    module, _, name = ROOTS[role].partition(":")
+    with collector_off():
+        run = cast(Callable[[ServeArgs], int], getattr(importlib.import_module(module), name))
+    return run(args)
+
+
+def main() -> int:
+    """Run what a supervisor asks for; return the exit code, 2 for bad settings."""
+    parser = argparse.ArgumentParser(prog="headrace serve", description=serve.__doc__, add_help=False)
+    parser.add_argument("role", type=Role)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--print-config", action="store_true")
+    options = parser.parse_args()
+    try:
+        return serve(options.role, file=options.config, assignments=options.set, print_config=options.print_config)
+    except ConfigError as error:
+        sys.stderr.write(f"headrace: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""What a process holds, for its load report; apart from metrics, which workers leave to the router."""
+
+import asyncio
+
+import psutil
+
+
+def num_tasks() -> int:
+    """Return the live tasks of the running event loop."""
+    return len(asyncio.all_tasks())
+
+
+def num_fds() -> int:
+    """Return the open file descriptors of this process."""
+    return psutil.Process().num_fds()
