@@ -97,7 +97,7 @@ async def test_a_pool_that_a_worker_opened_is_proven_too_and_stays_as_it_was(sto
     assert (store.parts.actor.view().counts, repr(store.parts.actor.view().totals)) == before
     # The timer and a canary's handshake are counted; four calls for each of three canaries would be twelve.
     assert store.parts.member.load().num_steps - num_messages < 6
-    assert store.parts.actor.view().num_canary_messages >= 12
+    assert store.parts.actor.view().num_own_messages >= 12
 
 
 async def test_blocks_that_do_not_move_take_readiness_away_and_give_it_back(store, monkeypatch):

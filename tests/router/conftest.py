@@ -13,6 +13,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr("headrace.router.workers.RECONNECT_S", 0.02)
     monkeypatch.setattr("headrace.router.sequence.MOVE_PAUSE_S", 0.05)
     monkeypatch.setattr("headrace.router.actor.CANARY_RETRY_S", 0.005)
+    monkeypatch.setattr("headrace.router.actor.LOOK_S", 0.005)
     monkeypatch.setattr("headrace.decode.reservations.EXPIRE_INTERVAL_S", 0.02)
     monkeypatch.setattr("headrace.decode.reservations.LANDING_S", 0.05)
 

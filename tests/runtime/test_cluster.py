@@ -1,9 +1,12 @@
 """Every process answers the same questions, and refuses peers it would misread."""
 
+from contextlib import aclosing
+
 import pytest
 
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.errors import InvalidRequest, PeerMismatch
+from headrace.runtime import cluster
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.runtime.cluster import ClusterServicer, check_peer
 from headrace.runtime.server import GrpcServer
@@ -36,6 +39,19 @@ class Worker:
 
     async def measure(self, peer_address):
         return cluster_pb2.MeasureTransportResponse(peer_name=peer_address)
+
+
+class Idle(Worker):
+    """A member whose load stays as it is until the test changes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_looks = 0
+        self.num_running = 0
+
+    def load(self):
+        self.num_looks += 1
+        return cluster_pb2.LoadReport(name="decode-0", num_running=self.num_running)
 
 
 @pytest.fixture
@@ -84,6 +100,17 @@ async def test_load_is_reported_again_and_again(stub):
     reports = stub.WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=1), timeout=5)
     assert [(await reports.read()).load.num_steps for _ in range(3)] == [1, 2, 3]
     reports.cancel()
+
+
+async def test_a_load_that_does_not_change_is_reported_once_per_interval(monkeypatch):
+    monkeypatch.setattr(cluster, "LOOK_S", 0.001)
+    idle = Idle()
+    async with aclosing(ClusterServicer(idle).WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=20), None)) as reports:
+        looks = [((await anext(reports)).load, idle.num_looks)[1] for _ in range(3)]
+        assert looks == [1, 21, 41]
+        idle.num_running = 1
+        changed = await anext(reports)
+    assert (changed.load.num_running, idle.num_looks) == (1, 42)
 
 
 async def test_a_request_to_drain_reaches_the_member_in_seconds(stub, worker):

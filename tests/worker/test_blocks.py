@@ -222,6 +222,28 @@ async def test_only_the_last_change_of_a_block_is_announced(desk, monkeypatch):
     assert desk.store.told == [({HASHES[1], HASHES[2]}, {HASHES[0]})]
 
 
+async def test_the_first_change_is_announced_at_once_and_those_after_it_together(desk, monkeypatch):
+    monkeypatch.setattr("headrace.worker.blocks.ANNOUNCE_INTERVAL_S", 0.2)
+    announcing = asyncio.ensure_future(desk.blocks.run_announcements())
+    for block_hash in HASHES:
+        desk.blocks.note_change(CacheChange(stored=(block_hash,)))
+        for _ in range(3):
+            await asyncio.sleep(0)
+    assert desk.store.told == [({HASHES[0]}, set())]
+    desk.store.reached.clear()
+    async with asyncio.timeout(5):
+        await desk.store.reached.wait()
+    announcing.cancel()
+    assert desk.store.told[1:] == [(set(HASHES[1:]), set())]
+
+
+async def test_an_index_that_must_be_told_everything_is_told_though_nothing_changes(desk, monkeypatch):
+    monkeypatch.setattr("headrace.worker.blocks.SNAPSHOT_LOOK_S", 0.001)
+    desk.store.owes_snapshot = True
+    await drive(desk.blocks.run_announcements(), desk)
+    assert desk.store.told[0] == (set(), set())
+
+
 async def test_hashes_are_those_that_every_other_process_computes(desk):
     tokens = tuple(range(9))
     assert desk.blocks.hashes(tokens, b"tenant") == block_hashes(root_hash("model", b"tenant"), tokens, 4)

@@ -154,7 +154,7 @@ class KvStoreView:
         counts: Of the workers' blocks; None before a worker has told its layout.
         totals: Counters since the start.
         canary: Counters of the canary's block, which are in none of the others.
-        num_canary_messages: Messages handled for the canary.
+        num_own_messages: Messages handled for the canary and the timer: work for nobody else.
         num_indexed: Different blocks in the workers' caches.
         mailbox: Of the actor.
     """
@@ -162,7 +162,7 @@ class KvStoreView:
     counts: LedgerCounts | None
     totals: StoreTotals = field(default_factory=StoreTotals)
     canary: StoreTotals = field(default_factory=StoreTotals)
-    num_canary_messages: int = 0
+    num_own_messages: int = 0
     num_indexed: int
     mailbox: ActorStats
 
@@ -201,7 +201,7 @@ class KvStoreActor:
         self._index = PrefixIndex(config.max_workers)
         self._epochs: dict[str, str] = {}
         self._pool: BlockPool | None = None
-        self._num_canary_messages = 0
+        self._num_own_messages = 0
         self._is_leaving = False
         self.layout: KvLayout | None = None
         self.connector: Connector | None = None
@@ -216,7 +216,7 @@ class KvStoreActor:
             counts=None if pool is None or self.layout is None else pool.counts(),
             totals=StoreTotals() if pool is None else pool.totals,
             canary=StoreTotals() if pool is None else pool.canary_totals,
-            num_canary_messages=self._num_canary_messages,
+            num_own_messages=self._num_own_messages,
             num_indexed=self._index.num_hashes,
             mailbox=self.mailbox.stats(),
         )
@@ -252,6 +252,7 @@ class KvStoreActor:
     async def _handle(self, message: Message) -> None:
         match message:
             case Tick():
+                self._num_own_messages += 1
                 if self._pool is not None:
                     self._pool.expire(self._clock.now())
             case Meet():
@@ -271,7 +272,7 @@ class KvStoreActor:
     def _handle_blocks(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> None:
         if isinstance(message, ReservePut | AcquireGet) and message.reply.done():
             return  # The caller left while it waited: a lease would only end by the clock.
-        self._num_canary_messages += self._is_of_canary(message)
+        self._num_own_messages += self._is_of_canary(message)
         match message:
             case Match():
                 _answer(message.reply, lambda: self._match(message.hashes))
@@ -299,7 +300,7 @@ class KvStoreActor:
             self._epochs[message.worker] = message.epoch
 
     async def _prepare(self) -> KvLayout:
-        self._num_canary_messages += 1
+        self._num_own_messages += 1
         if self.connector is None:
             await self._open_arena(NUM_KEPT_BLOCKS, TRIAL_LAYOUT)
         return self.layout or TRIAL_LAYOUT

@@ -102,7 +102,7 @@ class KvStoreMember:
             num_transfers=transfers.num_inflight,
             num_tasks=num_tasks(),
             num_fds=num_fds(),
-            num_steps=view.mailbox.num_handled - view.num_canary_messages,
+            num_steps=view.mailbox.num_handled - view.num_own_messages,
             is_ready=not reason,
             not_ready_reason=reason,
             is_draining=self._is_draining,

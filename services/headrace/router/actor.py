@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 CANARY_TIMEOUT_S = 10.0
 CANARY_RETRY_S = 0.1
+LOOK_S = 0.25
 MEAN_WEIGHT = 0.1
 _FIRST_MEAN_REQUEST_S = 2.0
 
@@ -182,7 +183,7 @@ class LiveRequests:
     async def keep_ready(self) -> None:
         """Prove the cluster's path with a real token at start and whenever none passed lately."""
         while True:
-            await asyncio.sleep(CANARY_RETRY_S)
+            await asyncio.sleep(LOOK_S if self._not_ready is None else CANARY_RETRY_S)
             if self._wait_for_members():
                 continue
             is_due = (

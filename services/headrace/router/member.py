@@ -13,7 +13,7 @@ from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import MemberLoad
 from headrace.v1 import cluster_pb2, router_pb2
 
-PUBLISH_INTERVAL_S = 0.2
+PUBLISH_INTERVAL_S = 0.25
 
 
 class RouterMember:

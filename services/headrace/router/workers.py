@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 2.0
 RECONNECT_S = 0.2
-REPORT_INTERVAL_MS = 100
+REPORT_INTERVAL_MS = 500
+CHARGE_S = 0.1
+"""Time after which a sequence sent to a worker shows in what the worker says of itself."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -176,7 +178,7 @@ class WorkerTable:
             raise PeerFailed(f"{member.address} was restarted")
         member.load = load
         member.is_connected = True
-        seen_before_s = self._clock.now() - REPORT_INTERVAL_MS / 1000
+        seen_before_s = self._clock.now() - CHARGE_S
         member.reserved = {key: entry for key, entry in member.reserved.items() if entry[0] > seen_before_s}
 
     def _fingerprint_of_others(self, member: Worker) -> str:

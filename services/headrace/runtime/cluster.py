@@ -12,6 +12,9 @@ from headrace.v1 import cluster_pb2, cluster_pb2_grpc
 
 DEFAULT_REPORT_INTERVAL_MS = 250
 
+LOOK_S = 0.1
+"""Time between two looks at the load: one that has not changed costs no message."""
+
 
 class Member(Protocol):
     """A process that takes part in the cluster."""
@@ -59,11 +62,17 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
     async def WatchLoad(
         self, request: cluster_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> AsyncIterator[cluster_pb2.WatchLoadResponse]:
-        """Report until the caller leaves."""
+        """Report now, after a change and at every interval, until the caller leaves."""
         interval_s = (request.interval_ms or DEFAULT_REPORT_INTERVAL_MS) / 1000
+        max_looks = max(1, round(interval_s / LOOK_S))
+        reported, num_looks = None, 0
         while True:
-            yield cluster_pb2.WatchLoadResponse(load=self._member.load())
-            await asyncio.sleep(interval_s)
+            load = self._member.load()
+            num_looks += 1
+            if load != reported or num_looks >= max_looks:
+                yield cluster_pb2.WatchLoadResponse(load=load)
+                reported, num_looks = load, 0
+            await asyncio.sleep(min(LOOK_S, interval_s))
 
     async def Drain(
         self, request: cluster_pb2.DrainRequest, context: grpc.aio.ServicerContext[object, object]

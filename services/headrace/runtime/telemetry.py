@@ -249,7 +249,7 @@ class LoopLagProbe:
         num_kept: Samples over which `lag` is taken; the default keeps the last minute.
     """
 
-    def __init__(self, interval_s: float = 0.05, num_kept: int = 1200) -> None:
+    def __init__(self, interval_s: float = 0.25, num_kept: int = 240) -> None:
         self._interval_s = interval_s
         self._samples: deque[float] = deque(maxlen=num_kept)
 

@@ -1,6 +1,7 @@
 """Move a sequence's blocks: fetched before it starts, stored after it ends."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Sequence
@@ -17,7 +18,11 @@ from headrace.worker.kv_client import KvClient
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_STORES = 256
-ANNOUNCE_INTERVAL_S = 0.05
+ANNOUNCE_INTERVAL_S = 0.25
+"""Shortest time between two announcements: the first change goes out at once, those after it together."""
+
+SNAPSHOT_LOOK_S = 1.0
+"""Longest time until an index that must be told everything is told so, where nothing changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,7 @@ class BlockExchange:
         self._deadline_s = deadline_s
         self._stores: asyncio.Queue[tuple[BlockHash, ...]] = asyncio.Queue(MAX_QUEUED_STORES)
         self._changes: list[CacheChange] = []
+        self._changed = asyncio.Event()
         self.num_dropped_stores = 0
 
     def hashes(self, tokens: Sequence[int], cache_salt: bytes) -> tuple[BlockHash, ...]:
@@ -105,6 +111,7 @@ class BlockExchange:
     def note_change(self, change: CacheChange) -> None:
         """Remember a change of the local cache for the next announcement; called on the loop."""
         self._changes.append(change)
+        self._changed.set()
 
     async def run_stores(self) -> None:
         """Put queued blocks until cancelled."""
@@ -118,7 +125,10 @@ class BlockExchange:
     async def run_announcements(self) -> None:
         """Tell the index what the local cache holds until cancelled."""
         while self._client is not None:
-            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SNAPSHOT_LOOK_S):
+                    await self._changed.wait()
+            self._changed.clear()
             if not self._changes and not self._client.owes_snapshot:
                 continue
             changes, self._changes = self._changes, []
@@ -129,6 +139,7 @@ class BlockExchange:
             stored = tuple(block for block, is_there in is_present.items() if is_there)
             removed = tuple(block for block, is_there in is_present.items() if not is_there)
             await self._client.announce(stored, removed)
+            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
 
     async def _read(
         self, client: KvClient, hashes: tuple[BlockHash, ...], blocks: tuple[BlockId, ...], writer_id: str
