@@ -42,7 +42,7 @@ class Worker:
 
 
 class Idle(Worker):
-    """A member whose load stays as it is until the test changes it."""
+    """A member whose counters move at every look, and nothing else until the test changes it."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Idle(Worker):
 
     def load(self):
         self.num_looks += 1
-        return cluster_pb2.LoadReport(name="decode-0", num_running=self.num_running)
+        return cluster_pb2.LoadReport(name="decode-0", num_running=self.num_running, num_steps=self.num_looks)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ async def test_load_is_reported_again_and_again(stub):
     reports.cancel()
 
 
-async def test_a_load_that_does_not_change_is_reported_once_per_interval(monkeypatch):
+async def test_counters_are_reported_once_per_interval_and_the_rest_when_it_changes(monkeypatch):
     monkeypatch.setattr(cluster, "LOOK_S", 0.001)
     idle = Idle()
     async with aclosing(ClusterServicer(idle).WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=20), None)) as reports:

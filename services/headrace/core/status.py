@@ -34,6 +34,9 @@ CONNECTION_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
     ("grpc.http2.max_pings_without_data", 0),
+    # Finding the window costs a ping and its answer per message; this one takes all but the longest prompts at once.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
 )
 """gRPC options that both ends of a connection share."""
 

@@ -105,11 +105,13 @@ def token_to_proto(token: Token) -> generate_pb2.TokenEvent:
 
 def token_from_proto(event: generate_pb2.TokenEvent) -> Token:
     """Read a token."""
+    top = event.top_logprobs
     return Token(
         cursor=event.cursor,
         token_id=event.token_id,
         logprob=event.logprob if event.HasField("logprob") else None,
-        top_logprobs=tuple((entry.token_id, entry.logprob) for entry in event.top_logprobs),
+        # An empty generator costs as much as all the rest, for every token of every answer.
+        top_logprobs=tuple((entry.token_id, entry.logprob) for entry in top) if top else (),
         finish=finish_from_proto(event.finish_reason),
     )
 

@@ -83,7 +83,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             )
             target = prefill_pb2.PrefillTarget(address=self._address, lease=lease, cached_tokens=event.cached_tokens)
             return decode_pb2.DecodeResponse(reservation=target)
-        events = decode_pb2.TokenEvents(
-            events=[token_to_proto(token) for token in event.tokens], cached_tokens=event.cached_tokens
-        )
-        return decode_pb2.DecodeResponse(tokens=events)
+        response = decode_pb2.DecodeResponse()
+        response.tokens.cached_tokens = event.cached_tokens
+        response.tokens.events.extend(map(token_to_proto, event.tokens))
+        return response

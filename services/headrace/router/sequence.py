@@ -105,7 +105,7 @@ class SequenceRun:
                     async for batch in attempt:
                         fresh = tuple(token for token in batch.tokens if token.cursor >= len(self._output))
                         self._output.extend(token.token_id for token in fresh)
-                        yield dataclasses.replace(batch, tokens=fresh)
+                        yield batch if len(fresh) == len(batch.tokens) else dataclasses.replace(batch, tokens=fresh)
                         if fresh and fresh[-1].finish is not None:
                             return
                 raise PeerFailed("the worker ended its stream before the answer was complete")

@@ -32,6 +32,7 @@ class TextModel:
 
     def __init__(self, source: TextSource, clock: Clock) -> None:
         self._tokenizer: Tokenizer = source.tokenizer
+        self._token_bytes: dict[int, bytes] = {}
         self._eos_token_ids = source.eos_token_ids
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -103,13 +104,14 @@ class TextModel:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, special tokens included; empty for an unknown id."""
+        known = self._token_bytes.get(token_id)
+        if known is not None:
+            return known
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
-        try:
-            return bytes([_BYTES[character] for character in piece])
-        except KeyError:
-            return piece.encode()
+        found = self._token_bytes[token_id] = _bytes_of(piece)
+        return found
 
     def is_special(self, token_id: int) -> bool:
         """Return whether a token is a control token, which answers do not show."""
@@ -143,3 +145,11 @@ class TextModel:
             InvalidRequest: as `render_chat`.
         """
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+
+
+def _bytes_of(piece: str) -> bytes:
+    """Return what a piece of the vocabulary stands for; one that is not written in byte characters is its own text."""
+    try:
+        return bytes([_BYTES[character] for character in piece])
+    except KeyError:
+        return piece.encode()
