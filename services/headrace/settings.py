@@ -131,6 +131,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def prefer(variable: str, value: str) -> None:
+    """Set a variable of the process's environment, for libraries that read it, unless it is set."""
+    os.environ.setdefault(variable, value)
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
     """Split the values of `--set`.
 

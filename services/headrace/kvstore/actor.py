@@ -21,7 +21,7 @@ from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.25
+TICK_S = 1.0
 LOOK_S = 0.02
 STOP_GRACE_S = 1.0
 NUM_KEPT_BLOCKS = NUM_SCRATCH_BLOCKS + NUM_CANARY_BLOCKS

@@ -12,7 +12,7 @@ from headrace.v1 import cluster_pb2, cluster_pb2_grpc
 
 DEFAULT_REPORT_INTERVAL_MS = 250
 
-LOOK_S = 0.1
+LOOK_S = 0.2
 """Time between two looks at the load: what has not changed costs no message."""
 
 
