@@ -94,6 +94,8 @@ def _pressing(load: cluster_pb2.LoadReport) -> tuple[object, ...]:
         load.num_waiting,
         load.waiting_tokens,
         load.num_transfers,
+        load.num_tasks,
+        load.num_fds,
         load.ledger.num_leases,
         load.ledger.total,
         load.not_ready_reason,
