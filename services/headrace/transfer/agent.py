@@ -61,7 +61,7 @@ class Transport:
 
     Args:
         name: Unique over processes and restarts.
-        is_passive: Whether peers may begin transfers. It costs a thread that idles at 3 % of a core; an agent
+        is_passive: Whether peers may begin transfers. It costs a thread that wakes ten times a second; an agent
             without it drives only the transfers that it began itself, when they are polled.
 
     Attributes:
