@@ -2,6 +2,8 @@ import gc
 import subprocess
 import sys
 
+import pytest
+
 from headrace.cli.imports import collector_off
 
 COUNT = """
@@ -21,12 +23,16 @@ def test_what_a_worker_imports_is_never_looked_through_by_the_collector() -> Non
     assert int(num_spared) > 100_000
 
 
+def fail_to_import() -> None:
+    with collector_off():
+        assert not gc.isenabled()
+        raise ImportError("no such module")
+
+
 def test_an_import_that_fails_leaves_the_collector_on() -> None:
     try:
-        with collector_off():
-            assert not gc.isenabled()
-            raise ImportError("no such module")
-    except ImportError:
+        with pytest.raises(ImportError):
+            fail_to_import()
         assert gc.isenabled()
     finally:
         gc.unfreeze()
