@@ -1,7 +1,8 @@
 """What the path costs: router, prefill and decode as processes behind HTTP, over the bare engine in this process.
 
-The bare engine has the same model, precision, chunks and all cores, and no text, network or event loop; its users send
-their next prompt between two steps. The client of the path shares the machine with it.
+The bare engine has the same model, precision, chunks and cores, and no text, network or event loop; its users send
+their next prompt between two steps. The client of the path shares the machine with it. With --threads below the number
+of cores the path has cores that neither engine uses, as beside an accelerator.
 """
 
 import argparse
@@ -33,11 +34,16 @@ WORK = ("W1", "W2@8")
 
 
 class BareEngine:
-    """An engine alone on all cores, stepped by its caller."""
+    """An engine alone on its cores, stepped by its caller."""
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, threads: int) -> None:
         self._config = WorkerConfig(
-            name="bare", role=WorkerRole.HYBRID, model=bundled_model(), dtype=Dtype(dtype), calibrate_s=0.0
+            name="bare",
+            role=WorkerRole.HYBRID,
+            model=bundled_model(),
+            dtype=Dtype(dtype),
+            calibrate_s=0.0,
+            threads=threads,
         )
         self._machine = build_machine(self._config)
         self._numbers = itertools.count()
@@ -104,12 +110,12 @@ class Way:
         return float(getattr(self.found[-1], self._workload.figure))
 
 
-def bench(pairs: int, seed: int, dtype: str, results: Path | None) -> None:
+def bench(pairs: int, seed: int, dtype: str, threads: int, results: Path | None) -> None:
     """Print a ratio per workload: time per token of one stream, seconds per token of a crowd."""
-    bare = BareEngine(dtype)
+    bare = BareEngine(dtype, threads)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cluster = stack.enter_context(LocalCluster(folder, dtype=dtype))
+        cluster = stack.enter_context(LocalCluster(folder, dtype=dtype, settings=(f"worker.threads={threads}",)))
         model = str(httpx.get(f"{cluster.http}/v1/models", trust_env=False).json()["data"][0]["id"])
 
         def over_http(asks: list[Ask], users: int) -> Figures:
@@ -120,7 +126,7 @@ def bench(pairs: int, seed: int, dtype: str, results: Path | None) -> None:
             for way in ways.values():
                 way(seed - 1)
             baseline, candidate = ways.items()
-            name = f"{workload.name} {workload.figure}, {dtype}"
+            name = f"{workload.name} {workload.figure}, {dtype}, {threads or 'all'} threads"
             report(compare(name, baseline=baseline, candidate=candidate, pairs=pairs, seed=seed), results)
             for way_name, way in ways.items():
                 first_s = statistics.median(run.ttft_p50_s for run in way.found[1:])
@@ -132,6 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="0 takes all cores")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    bench(options.pairs, options.seed, options.dtype, options.results)
+    bench(options.pairs, options.seed, options.dtype, options.threads, options.results)
