@@ -18,7 +18,7 @@ from drive import Figures, drive
 from floors import floor
 from harness import commit, machine
 from rates import Rates, measure
-from servers import Headrace, LlamaServer, Server, Vllm, openvino, transformers
+from servers import Headrace, LlamaServer, Server, Vllm, onnxruntime, openvino, transformers
 from workloads import WORKLOADS, Workload
 
 from headrace.cli.layout import bundled_model
@@ -108,6 +108,8 @@ def servers_of(names: Sequence[str]) -> list[Server]:
         "vllm": lambda: Vllm(FOLDER.absolute(), "float32"),
         "vllm-bf16": lambda: Vllm(FOLDER.absolute(), "bfloat16"),
         "openvino": lambda: openvino(FOLDER.absolute(), bundled_model()),
+        "ort": lambda: onnxruntime(FOLDER.absolute(), "int4"),
+        "ort-uint4": lambda: onnxruntime(FOLDER.absolute(), "uint4"),
         "transformers": lambda: transformers(FOLDER.absolute()),
     }
     if unknown := set(names) - set(makers):
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="W1,W2@8,W2@32,W3:1024,W3:4096,W3:8000,W4:burst,W4:nothing-shared")
     parser.add_argument(
         "--servers",
-        default="headrace,llama,vllm,openvino,transformers",
+        default="headrace,llama,vllm,openvino,ort,transformers",
         help="the first one is compared with the others",
     )
     parser.add_argument("--rounds", type=int, default=3)

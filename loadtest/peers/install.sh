@@ -43,3 +43,23 @@ if ! test -e "$folder/openvino/.installed"; then
 fi
 
 test -e "$folder/weights/config.json" || "$python" "$here/dequantise.py" "$folder/weights"
+
+if ! test -e "$folder/ort/.installed"; then
+    "$python" -m venv "$folder/ort"
+    "$folder/ort/bin/pip" install --quiet torch==2.13.0
+    "$folder/ort/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 onnx==1.23.2 onnx-ir==1.1.0 \
+        onnxruntime==1.31.1 onnxruntime-genai==0.18.0 numpy==2.4.6
+    touch "$folder/ort/.installed"
+fi
+
+# Its own rounding of the weights: its default, symmetric, and the one with a zero per block, as the file has.
+for grid in int4 uint4; do
+    if ! test -e "$folder/ort/$grid/genai_config.json"; then
+        test "$grid" = int4 && symmetric=true || symmetric=false
+        # A prompt's logits but its last would be a quarter of its time; sharing embeddings works with int4 only.
+        HF_HUB_OFFLINE=1 "$folder/ort/bin/python" -m onnxruntime_genai.models.builder \
+            -i "$folder/weights" -o "$folder/ort/$grid" -c "$folder/ort/cache" -p int4 -e cpu --extra_options \
+            block_size=32 accuracy_level=4 prune_lm_head=true is_symmetric=$symmetric shared_embeddings=$symmetric \
+            > "$folder/ort-$grid-build.log" 2>&1
+    fi
+done

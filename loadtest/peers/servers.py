@@ -251,6 +251,17 @@ def openvino(folder: Path, weights: Path) -> Library:
     )
 
 
+def onnxruntime(folder: Path, grid: str) -> Library:
+    """Return ONNX Runtime GenAI as `install.sh` put it into `folder`, with weights on the grid `int4` or `uint4`."""
+    return Library(
+        f"ONNX Runtime GenAI {grid}",
+        "ort",
+        python=folder / "ort/bin/python",
+        weights=folder / "ort" / grid,
+        log=folder / f"ort-{grid}.log",
+    )
+
+
 def transformers(folder: Path) -> Library:
     """Return transformers of this environment, on the weights that `install.sh` dequantised into `folder`."""
     return Library(
