@@ -104,7 +104,8 @@ class OnnxRuntime:
             "session.intra_op.spin_duration_us": str(SPIN_US),
         }
         config = onnxruntime_genai.Config(weights)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        chosen = {"model": {"decoder": {"session_options": session}}, "search": {"chunk_size": PREFILL_TOKENS}}
+        config.overlay(json.dumps(chosen))
         self._library = onnxruntime_genai
         self._model = onnxruntime_genai.Model(config)
 
