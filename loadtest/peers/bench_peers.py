@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -130,6 +131,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
+    # As for Ctrl-C: a run that is ended must not leave peers behind, stopped for ever.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     servers = servers_of(options.servers.split(","))
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     rates = measure()
