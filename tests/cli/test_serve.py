@@ -1,11 +1,12 @@
 import importlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from headrace.cli.layout import SERVE
+from headrace.cli.layout import SERVE, bundled_model
 from headrace.cli.serve import ROOTS, Role
 
 
@@ -25,6 +26,23 @@ def test_bad_settings_end_a_service_with_2_and_one_line(arguments: tuple[str, ..
     assert found.returncode == 2
     assert found.stderr.startswith("headrace: ")
     assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("taken", ["grpc_port", "http_port"])
+def test_a_router_whose_port_is_taken_ends_with_2_and_says_so(taken: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ports = {"grpc_port": 0, "http_port": 0} | {taken: listener.getsockname()[1]}
+        options = {
+            "name": "router",
+            "host": "127.0.0.1",
+            "workers": "127.0.0.1:1",
+            "model": str(bundled_model()),
+            **ports,
+        }
+        found = serve("router", *(part for name, value in options.items() for part in ("--set", f"{name}={value}")))
+    assert found.returncode == 2
+    assert f"127.0.0.1:{ports[taken]}" in found.stderr
+    assert "choose a free port" in found.stderr
 
 
 def test_a_service_takes_a_file_and_what_overrides_it_as_the_command_does(tmp_path: Path) -> None:

@@ -103,14 +103,14 @@ async def test_load_is_reported_again_and_again(stub):
 
 
 async def test_counters_are_reported_once_per_interval_and_the_rest_when_it_changes(monkeypatch):
-    monkeypatch.setattr(cluster, "LOOK_S", 0.001)
+    monkeypatch.setattr(cluster, "LOOK_MS", 3)
     idle = Idle()
     async with aclosing(ClusterServicer(idle).WatchLoad(cluster_pb2.WatchLoadRequest(interval_ms=20), None)) as reports:
         looks = [((await anext(reports)).load, idle.num_looks)[1] for _ in range(3)]
-        assert looks == [1, 21, 41]
+        assert looks == [1, 8, 15]
         idle.num_running = 1
         changed = await anext(reports)
-    assert (changed.load.num_running, idle.num_looks) == (1, 42)
+    assert (changed.load.num_running, idle.num_looks) == (1, 16)
 
 
 async def test_a_request_to_drain_reaches_the_member_in_seconds(stub, worker):

@@ -1,6 +1,6 @@
 // Products of queries with keys and of weights with values are sums of int16 products in int32: exact, and half
 // again as fast as fp32. What is rounded, and how finely, depends on one vector alone, so that the result of a query
-// does not depend on what else is computed with it, nor on keys that it does not see:
+// does not depend on what else is computed with it, nor on keys and finite values that it does not see:
 //   query, key   by its length: a dot product of two stays within int32 whatever their direction (Cauchy-Schwarz),
 //                and a code of a query is about 2^-16 of the length
 //   value        by its largest element, to 13 to 14 bits

@@ -71,7 +71,7 @@ def serve(
 
 def main() -> int:
     """Run what a supervisor asks for; return the exit code, 2 for bad settings."""
-    parser = argparse.ArgumentParser(prog="headrace serve", description=serve.__doc__, add_help=False)
+    parser = argparse.ArgumentParser("headrace serve", description="Run one service until SIGTERM.", allow_abbrev=False)
     parser.add_argument("role", type=Role)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--set", action="append", default=[])

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from headrace.clock import WallClock
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, InternalError
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
@@ -86,17 +87,17 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         _register_views(registry, live, member, metrics)
         probe = LoopLagProbe()
         probe.publish(registry, "router")
-        web = _web_server(config, live, registry, clock)
+        web, listener = _web_server(config, live, registry, clock), _listen(config.host, config.http_port)
         background = [
             *(tasks.create_task(table.follow(address)) for address in table.members),
             tasks.create_task(live.keep_ready()),
             tasks.create_task(member.publish(server)),
             tasks.create_task(probe.run()),
         ]
-        serving = tasks.create_task(web.serve())
+        serving = tasks.create_task(web.serve([listener]))
         await asyncio.wait([serving, tasks.create_task(lifecycle.stopped())], return_when=asyncio.FIRST_COMPLETED)
         if not lifecycle.is_stopping:
-            raise ConfigError(f"cannot listen on {config.host}:{config.http_port}: choose a free port")
+            raise InternalError("the HTTP server ended by itself")
         live.is_draining = True
         await server.drain(lifecycle.grace_s(DRAIN_S))
         web.leave()
@@ -114,6 +115,15 @@ def _register_views(
 
     registry.register(ClusterCollector(member.loads, model_name))
     registry.register(VllmView(metrics, model_name))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind here: uvicorn would end the process with a code that a supervisor takes for a crash."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror}; choose a free port"
+        raise ConfigError(reason, field="http_port") from None
 
 
 def _web_server(config: RouterConfig, live: LiveRequests, registry: CollectorRegistry, clock: WallClock) -> "_Web":

@@ -33,7 +33,8 @@ from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_gr
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 2.0
-MOVE_PAUSE_S = 0.1
+MOVE_PAUSE_S = 0.2
+"""Three of these are longer than a worker is silent: one that is suspected for nothing has reported again by then."""
 MOVABLE = (PeerFailed, NotReady, BlockLost)
 FULL = (Saturated, Overloaded)
 """A worker has no room: its own word for it, and that of its gRPC server."""

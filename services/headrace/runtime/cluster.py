@@ -12,7 +12,7 @@ from headrace.v1 import cluster_pb2, cluster_pb2_grpc
 
 DEFAULT_REPORT_INTERVAL_MS = 250
 
-LOOK_S = 0.2
+LOOK_MS = 200
 """Time between two looks at the load: what has not changed costs no message."""
 
 
@@ -63,16 +63,17 @@ class ClusterServicer(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> AsyncIterator[cluster_pb2.WatchLoadResponse]:
         """Report now, after a change and at every interval, until the caller leaves."""
-        interval_s = (request.interval_ms or DEFAULT_REPORT_INTERVAL_MS) / 1000
-        max_looks = max(1, round(interval_s / LOOK_S))
-        reported, num_looks = None, 0
+        interval_ms = request.interval_ms or DEFAULT_REPORT_INTERVAL_MS
+        reported, waited_ms = None, 0
         while True:
             load = self._member.load()
-            facts, num_looks = _pressing(load), num_looks + 1
-            if facts != reported or num_looks >= max_looks:
+            facts = _pressing(load)
+            if facts != reported or waited_ms >= interval_ms:
                 yield cluster_pb2.WatchLoadResponse(load=load)
-                reported, num_looks = facts, 0
-            await asyncio.sleep(min(LOOK_S, interval_s))
+                reported, waited_ms = facts, 0
+            pause_ms = min(LOOK_MS, interval_ms - waited_ms)
+            await asyncio.sleep(pause_ms / 1000)
+            waited_ms += pause_ms
 
     async def Drain(
         self, request: cluster_pb2.DrainRequest, context: grpc.aio.ServicerContext[object, object]
