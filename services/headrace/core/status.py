@@ -33,6 +33,8 @@ CONNECTION_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_MS // 2),
+    # The one that counts: with the option above alone a peer that hangs was given up after a minute (grpcio 1.85).
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS // 2),
     ("grpc.http2.max_pings_without_data", 0),
     # Finding the window costs a ping and its answer per message; this one takes all but the longest prompts at once.
     ("grpc.http2.bdp_probe", 0),
