@@ -1,5 +1,7 @@
 """The decoder of C++ kernels against the plain one, on every architecture, and on the real model."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 import torch
@@ -10,12 +12,13 @@ from headrace.engine.batch import Batch, batch_item
 from headrace.engine.models.decoder import build_decoder
 from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.loader import Model, load_model
-from headrace.engine.models.native import NativeDecoder, can_run
+from headrace.engine.models.native import ASKS, NativeDecoder, can_run
 from headrace.engine.models.safetensors import SafetensorsFolder
 from headrace.engine.runner import ModelRunner
 from headrace.errors import ConfigError
 from headrace.testing.architectures import tiny_configs
 from headrace.testing.prompts import PROMPTS
+from headrace.testing.tiny_llama import TINY_LLAMA, RandomWeights
 
 pytestmark = pytest.mark.cpu
 
@@ -100,6 +103,21 @@ def test_only_the_threads_asked_for_compute_and_the_bits_stay(source):
     changing = ModelRunner(model, KvArena(model.kv_layout(), 12, CPU), share)
     assert logits_in_mixed_steps(changing).equal(logits_in_mixed_steps(native_runner(source)))
     assert len(asked) > 9 * len(source.spec.layers)
+
+
+def test_a_short_step_asks_for_its_share_a_few_times_whatever_its_depth():
+    asked = []
+
+    def share():
+        asked.append(1)
+        return 1
+
+    spec = replace(TINY_LLAMA, layers=TINY_LLAMA.layers * 20)
+    decoder = NativeDecoder(spec, RandomWeights(), quantised=False, most_threads=1)
+    model = Model(spec=spec, decoder=decoder, contents=(), dtype=torch.bfloat16, device=CPU)
+    runner = ModelRunner(model, KvArena(model.kv_layout(), 4, CPU), share)
+    runner.run(Batch(items=(batch_item([1, 2, 3], 0, range(4), sample=True),)))
+    assert len(asked) == ASKS + 2  # before all of it, and for the head
 
 
 @pytest.fixture(scope="module")

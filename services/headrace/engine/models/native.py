@@ -16,8 +16,12 @@ from headrace_kernels.native.pack import BLOCK
 _GATES = {Activation.SILU: abi.Epilogue.SILU, Activation.GELU: abi.Epilogue.GELU}
 
 SHORT_STEP = 64
-"""Tokens of a step that asks for its share of the cores once per layer; a longer one asks before every operation,
+"""Tokens of a step that asks for its share of the cores a few times; a longer one asks before every operation,
 because a layer of 512 tokens takes 30 ms, for which another worker of the machine would wait for its core."""
+
+ASKS = 4
+"""Times that a short step asks between its layers. Each needs the interpreter, and while the event loop has it, half a
+millisecond for every token that it sends, no core computes."""
 
 
 def can_run(spec: ModelSpec) -> bool:
@@ -61,7 +65,8 @@ class NativeDecoder:
         builder = _Builder(spec, source, packed or PackedWeights(), quantised=quantised, input_bits=input_bits)
         self._program = builder.build()
         self._operations = self._program.operations()
-        self._layer_ends = builder.layer_ends
+        layers_at_once = -(-len(spec.layers) // ASKS)
+        self._part_ends = [*builder.layer_ends[layers_at_once - 1 : -1 : layers_at_once], len(self._program)]
         ropes = builder.ropes
         self._frequencies = torch.stack([rope.inverse_frequencies(spec.head_dim) for rope in ropes])
         qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
@@ -79,7 +84,7 @@ class NativeDecoder:
         self._machine.begin(described, share(), self._spec.num_heads, self._spec.num_kv_heads)
         begin = 0
         is_short = step.token_ids.shape[0] <= SHORT_STEP
-        for end in self._layer_ends if is_short else range(1, len(self._program) + 1):
+        for end in self._part_ends if is_short else range(1, len(self._program) + 1):
             self._machine.run(self._operations, begin, end - begin, described, share())
             begin = end
         cap = self._spec.logit_soft_cap
