@@ -153,7 +153,7 @@ class Cores:
         return False
 
     def share(self) -> int:
-        """Return how many threads to use now; cheap enough to be asked for every layer (microseconds)."""
+        """Return how many threads to use now; takes microseconds, but the interpreter too."""
         return max(1, self._most // (1 + self.num_others()))
 
     def num_others(self) -> int:
