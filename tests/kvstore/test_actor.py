@@ -9,21 +9,20 @@ import pytest
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest, NotReady, PeerMismatch
-from headrace.kvstore.actor import (
-    NUM_KEPT_BLOCKS,
+from headrace.kvstore.actor import NUM_KEPT_BLOCKS, KvStoreActor
+from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.index import Report
+from headrace.kvstore.messages import (
     AcquireGet,
     Announce,
     CommitPut,
     Forget,
-    KvStoreActor,
     Match,
     Meet,
     ReleaseGet,
     ReservePut,
     Tick,
 )
-from headrace.kvstore.config import KvStoreConfig
-from headrace.kvstore.index import Report
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.transfer.arena import map_blocks
 

@@ -12,9 +12,9 @@ from headrace.clock import WallClock
 from headrace.core.block import KvLayout
 from headrace.errors import ConfigError
 from headrace.kvstore import canary, member
-from headrace.kvstore.actor import Meet
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.member import KvStoreParts, build
+from headrace.kvstore.messages import Meet
 from headrace.runtime.channels import Channels
 from headrace.runtime.server import GrpcServer
 from headrace.testing.connector import Fabric, FakeConnector

@@ -39,6 +39,27 @@ class Lease:
     blocks: list[BlockId]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who keeps blocks from being reused, for a list that a person reads.
+
+    Attributes:
+        lease_id: Name of the lease or writer.
+        owner: Whose work it is.
+        reader: Who else reads or writes the blocks.
+        epoch: Lifetime of the reader's process.
+        deadline_s: When the clock ends it; None for writers, whom only their own word or a quarantine ends.
+        num_blocks: Blocks held.
+    """
+
+    lease_id: str
+    owner: str = ""
+    reader: str = ""
+    epoch: str = ""
+    deadline_s: float | None = None
+    num_blocks: int
+
+
 class BlockLedger:
     """Bookkeeping of one pool; knows neither tokens nor memory.
 
@@ -195,6 +216,22 @@ class BlockLedger:
             self._unuse(block)
         return True
 
+    def holders(self) -> tuple[Holder, ...]:
+        """Return every lease and writer."""
+        leases = [
+            Holder(
+                lease_id=lease.lease_id,
+                owner=lease.owner,
+                reader=lease.reader,
+                epoch=lease.epoch,
+                deadline_s=lease.deadline_s,
+                num_blocks=len(lease.blocks),
+            )
+            for lease in self._leases.values()
+        ]
+        writers = [Holder(lease_id=name, num_blocks=len(blocks)) for name, blocks in self._writers.items()]
+        return (*leases, *writers)
+
     def next_deadline_s(self) -> float:
         """Return when the first lease ends by the clock; infinity when none does."""
         return min((lease.deadline_s for lease in self._leases.values()), default=float("inf"))
@@ -216,6 +253,21 @@ class BlockLedger:
             raise ValueError(f"block {block} has another name: committed blocks do not change")
         self._hash_of[block] = block_hash
         self._block_of[block_hash] = block
+        return True
+
+    def unname(self, block_hash: BlockHash) -> bool:
+        """Take a name away, so that its block is not found any more; False when nobody has it.
+
+        A cached block becomes free; a leased one does when its last holder leaves.
+        """
+        block = self._block_of.pop(block_hash, None)
+        if block is None:
+            return False
+        del self._hash_of[block]
+        self._evicted.append(block_hash)
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
         return True
 
     def lookup(self, block_hash: BlockHash) -> BlockId | None:

@@ -7,9 +7,13 @@ answer and an unknown error is an InternalError that names the code.
 import math
 
 from headrace.core.block import KvLayout
+from headrace.core.ledger import Holder
 from headrace.core.request import FinishReason, Piece, SamplingParams, SequenceId, SequenceSpec, Token, Usage
 from headrace.errors import HeadraceError, InternalError, PeerMismatch, by_code
-from headrace.v1 import block_pb2, errors_pb2, generate_pb2, router_pb2
+from headrace.v1 import block_pb2, errors_pb2, generate_pb2, pool_pb2, router_pb2
+
+SHOWN_LEASE_CHARS = 8
+"""Of the 32 that a lease's id has: 96 bits are left to guess."""
 
 _FINISH_TO_PROTO = {
     None: generate_pb2.FINISH_REASON_UNSPECIFIED,
@@ -240,3 +244,18 @@ def error_from_detail(detail: errors_pb2.ErrorDetail) -> HeadraceError:
         retry_after_s=detail.retry_after_ms / 1000 if detail.retry_after_ms else None,
         worker=detail.worker or None,
     )
+
+
+def holder_to_proto(holder: Holder, now_s: float) -> pool_pb2.LeaseReport:
+    """Write who holds blocks; of the lease's id only so much that it cannot be used."""
+    report = pool_pb2.LeaseReport(
+        lease=holder.lease_id[:SHOWN_LEASE_CHARS],
+        owner=holder.owner,
+        reader=holder.reader,
+        epoch=holder.epoch,
+        num_blocks=holder.num_blocks,
+        is_writer=holder.deadline_s is None,
+    )
+    if holder.deadline_s is not None and holder.deadline_s < float("inf"):
+        report.remaining_ms = max(0, int((holder.deadline_s - now_s) * 1000))
+    return report

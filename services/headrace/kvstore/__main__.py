@@ -15,7 +15,7 @@ from headrace.runtime.lifecycle import Lifecycle, run_service
 from headrace.runtime.logs import setup_logs
 from headrace.runtime.server import GrpcServer
 from headrace.settings import ServeArgs, environment
-from headrace.v1 import cluster_pb2_grpc, kvstore_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, kvstore_pb2_grpc, pool_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ async def serve(config: KvStoreConfig, lifecycle: Lifecycle) -> None:
         timer = tasks.create_task(parts.actor.run_timer())
         server = GrpcServer(config.name, config.host, config.grpc_port)
         server.add(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, parts.servicer)
+        server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, parts.pool)
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(parts.member))
         await server.start()
         try:

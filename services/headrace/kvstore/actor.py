@@ -4,14 +4,34 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar, assert_never
+from typing import assert_never
 
 from headrace.clock import Clock
-from headrace.core.block import BlockHash, BlockId, KvLayout, root_hash
+from headrace.core.block import BlockHash, KvLayout, root_hash
 from headrace.core.ledger import LedgerCounts
 from headrace.errors import Draining, HeadraceError, NotReady
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.index import PrefixIndex, Report
+from headrace.kvstore.messages import (
+    AcquireGet,
+    Announce,
+    BlockMessage,
+    CloseDoor,
+    CommitPut,
+    Forget,
+    Granted,
+    ListHolders,
+    Match,
+    Meet,
+    Message,
+    Prepare,
+    Quarantine,
+    ReleaseGet,
+    Reply,
+    ReplyT,
+    ReservePut,
+    Tick,
+)
 from headrace.kvstore.policy import check_layout, checked_hashes, lease_end_s
 from headrace.kvstore.pool import NUM_CANARY_BLOCKS, BlockPool, is_canary
 from headrace.kvstore.store import StoreTotals, Terms
@@ -29,121 +49,6 @@ NUM_KEPT_BLOCKS = NUM_SCRATCH_BLOCKS + NUM_CANARY_BLOCKS
 
 TRIAL_LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=64, dtype="fp32")
 """Layout of the pool that the canary uses before a worker has told its own: 8 KiB a block."""
-
-ReplyT = TypeVar("ReplyT")
-Reply: TypeAlias = "asyncio.Future[ReplyT]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Granted:
-    """A lease on blocks; without blocks there is none and `lease_id` is empty.
-
-    Attributes:
-        indices: Which of the offered blocks to write; empty for reads.
-    """
-
-    lease_id: str = ""
-    blocks: tuple[BlockId, ...] = ()
-    deadline_unix_ms: int = 0
-    indices: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meet:
-    """A process introduced itself; the first layout fixes the size of the blocks."""
-
-    worker: str
-    epoch: str
-    layout: KvLayout | None
-    reply: "Reply[None]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Match:
-    """Who holds how much of a prefix?"""
-
-    hashes: Sequence[bytes]
-    reply: "Reply[dict[str, int]]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReservePut:
-    """Room for blocks, please."""
-
-    hashes: Sequence[bytes]
-    layout: KvLayout
-    writer: str
-    deadline_unix_ms: int
-    reply: "Reply[Granted]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitPut:
-    """The writer has written, or gives up."""
-
-    lease_id: str
-    epoch: str
-    is_complete: bool
-    reply: "Reply[int]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AcquireGet:
-    """Stored blocks to read, please."""
-
-    hashes: Sequence[bytes]
-    reader: str
-    deadline_unix_ms: int
-    reply: "Reply[Granted]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseGet:
-    """The reader has read."""
-
-    lease_id: str
-    epoch: str
-    reply: "Reply[None]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announce:
-    """A worker's own cache changed."""
-
-    report: Report
-    reply: "Reply[bool]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forget:
-    """A worker's process is gone."""
-
-    worker: str
-    reply: "Reply[None]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepare:
-    """The canary needs a pool; answered by the layout of its blocks."""
-
-    reply: "Reply[KvLayout]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CloseDoor:
-    """Grant nothing any more; answered by the number of leases and writers left."""
-
-    reply: "Reply[int]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
-    """Time went by."""
-
-
-Message: TypeAlias = (
-    Meet | Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Announce | Forget | Prepare | CloseDoor | Tick
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +174,7 @@ class KvStoreActor:
             case _:
                 self._handle_blocks(message)
 
-    def _handle_blocks(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> None:
+    def _handle_blocks(self, message: BlockMessage) -> None:
         if isinstance(message, ReservePut | AcquireGet) and message.reply.done():
             return  # The caller left while it waited: a lease would only end by the clock.
         self._num_own_messages += self._is_of_canary(message)
@@ -284,6 +189,10 @@ class KvStoreActor:
                 _answer(message.reply, lambda: self._acquire(message))
             case ReleaseGet():
                 _answer(message.reply, lambda: self._release(message))
+            case Quarantine():
+                _answer(message.reply, lambda: self._pool is not None and self._pool.quarantine(message.block_hash))
+            case ListHolders():
+                _answer(message.reply, lambda: () if self._pool is None else self._pool.holders())
             case _:
                 assert_never(message)
 
@@ -376,7 +285,7 @@ class KvStoreActor:
             raise NotReady("the kvstore has no pool yet: a worker must shake hands first")
         return self._pool
 
-    def _is_of_canary(self, message: Match | ReservePut | CommitPut | AcquireGet | ReleaseGet) -> bool:
+    def _is_of_canary(self, message: BlockMessage) -> bool:
         match message:
             case ReservePut(hashes=hashes) | AcquireGet(hashes=hashes):
                 return tuple(hashes) == (self.canary_hash,)

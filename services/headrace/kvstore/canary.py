@@ -11,7 +11,8 @@ from headrace.clock import Clock
 from headrace.core.block import BlockId, KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.errors import HeadraceError
-from headrace.kvstore.actor import KvStoreActor, Prepare
+from headrace.kvstore.actor import KvStoreActor
+from headrace.kvstore.messages import Prepare
 from headrace.runtime.channels import Channels
 from headrace.transfer.arena import map_blocks
 from headrace.transfer.connector import Connector

@@ -13,9 +13,11 @@ from headrace.clock import Clock
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_from_proto, layout_to_proto
 from headrace.errors import NotReady
-from headrace.kvstore.actor import KvStoreActor, Meet
+from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.messages import Meet
+from headrace.kvstore.pool_service import PoolServicer
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
 from headrace.runtime.footprint import num_fds, num_tasks
@@ -172,12 +174,14 @@ class KvStoreParts:
     Attributes:
         actor: Start `actor.mailbox` and run `actor.run_timer` in a task group; `actor.close` at the end.
         servicer: For `add_KvStoreServiceServicer_to_server`.
+        pool: For `add_PoolServiceServicer_to_server`.
         member: For `runtime.cluster.ClusterServicer`; run `member.keep_ready` with the canary.
         canary: Close it before the actor.
     """
 
     actor: KvStoreActor
     servicer: KvStoreServicer
+    pool: PoolServicer
     member: KvStoreMember
     canary: Canary
 
@@ -211,4 +215,10 @@ def build(
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
     member = KvStoreMember(config, epoch, actor, channels, clock, begin_drain)
     canary = Canary(config.name, actor, channels, clock, connect_canary)
-    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member, canary=canary)
+    return KvStoreParts(
+        actor=actor,
+        servicer=KvStoreServicer(actor, epoch),
+        pool=PoolServicer(actor, epoch, clock),
+        member=member,
+        canary=canary,
+    )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.ledger import LedgerCounts
+from headrace.core.ledger import Holder, LedgerCounts
 from headrace.kvstore.store import BlockStore, Put, StoreTotals, Terms
 
 NUM_CANARY_BLOCKS = 1
@@ -86,6 +86,14 @@ class BlockPool:
         self._of(lease_id).release(lease_id, epoch, now_s)
         if is_canary(lease_id):
             self._canary.forget()
+
+    def quarantine(self, block_hash: BlockHash) -> bool:
+        """Give a block to nobody any more; return whether it was here."""
+        return self._workers.quarantine(block_hash)
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Return who holds blocks of the workers."""
+        return self._workers.holders()
 
     def drop_writer(self, writer: str) -> None:
         """End all puts of a process that is gone."""

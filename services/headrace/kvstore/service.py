@@ -4,18 +4,17 @@ import grpc.aio
 
 from headrace.core.block import BlockHash
 from headrace.core.wire import layout_from_proto
-from headrace.kvstore.actor import (
-    AcquireGet,
+from headrace.kvstore.actor import KvStoreActor
+from headrace.kvstore.index import Report
+from headrace.kvstore.messages import (
     Announce,
     CommitPut,
     Granted,
-    KvStoreActor,
     Match,
-    ReleaseGet,
     ReservePut,
 )
-from headrace.kvstore.index import Report
-from headrace.v1 import block_pb2, kvstore_pb2, kvstore_pb2_grpc
+from headrace.kvstore.pool_service import lease_of
+from headrace.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -53,7 +52,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 reply=reply,
             )
         )
-        return kvstore_pb2.ReservePutResponse(lease=self._lease(granted), indices=granted.indices)
+        return kvstore_pb2.ReservePutResponse(lease=lease_of(granted, self._epoch), indices=granted.indices)
 
     async def CommitPut(
         self, request: kvstore_pb2.CommitPutRequest, context: grpc.aio.ServicerContext[object, object]
@@ -65,27 +64,6 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             )
         )
         return kvstore_pb2.CommitPutResponse(num_committed=num_committed)
-
-    async def AcquireGet(
-        self, request: kvstore_pb2.AcquireGetRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> kvstore_pb2.AcquireGetResponse:
-        """Lease stored blocks to a reader."""
-        granted: Granted = await self._mailbox.ask(
-            lambda reply: AcquireGet(
-                hashes=request.block_hashes,
-                reader=request.reader,
-                deadline_unix_ms=request.deadline_unix_ms,
-                reply=reply,
-            )
-        )
-        return kvstore_pb2.AcquireGetResponse(lease=self._lease(granted))
-
-    async def ReleaseGet(
-        self, request: kvstore_pb2.ReleaseGetRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> kvstore_pb2.ReleaseGetResponse:
-        """End a read."""
-        await self._mailbox.ask(lambda reply: ReleaseGet(lease_id=request.lease_id, epoch=request.epoch, reply=reply))
-        return kvstore_pb2.ReleaseGetResponse()
 
     async def AnnounceBlocks(
         self, request: kvstore_pb2.AnnounceBlocksRequest, context: grpc.aio.ServicerContext[object, object]
@@ -101,11 +79,3 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         needs_snapshot: bool = await self._mailbox.ask(lambda reply: Announce(report=report, reply=reply))
         return kvstore_pb2.AnnounceBlocksResponse(needs_snapshot=needs_snapshot)
-
-    def _lease(self, granted: Granted) -> block_pb2.BlockLease:
-        return block_pb2.BlockLease(
-            lease_id=granted.lease_id,
-            epoch=self._epoch,
-            deadline_unix_ms=granted.deadline_unix_ms,
-            block_ids=granted.blocks,
-        )

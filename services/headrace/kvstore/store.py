@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.ledger import BlockLedger, LedgerCounts
+from headrace.core.ledger import BlockLedger, Holder, LedgerCounts
 from headrace.errors import BlockLost
 from headrace.kvstore.policy import wanted_indices
 
@@ -51,6 +51,7 @@ class StoreTotals:
     num_gets: int = 0
     num_hit_blocks: int = 0
     num_expired_leases: int = 0
+    num_quarantined_blocks: int = 0
 
 
 class BlockStore:
@@ -160,6 +161,16 @@ class BlockStore:
         self._check_epoch(epoch)
         if lease_id in self._puts or not self._ledger.release(lease_id):
             raise BlockLost("the read had ended by the clock: do not use what was read")
+
+    def quarantine(self, block_hash: BlockHash) -> bool:
+        """Give a block to nobody any more; return whether it was here. Who reads it now will see for himself."""
+        is_here = self._ledger.unname(block_hash)
+        self.totals.num_quarantined_blocks += is_here
+        return is_here
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Return who holds blocks."""
+        return self._ledger.holders()
 
     def drop_writer(self, writer: str) -> None:
         """End all puts of a process that is gone: it writes no more."""

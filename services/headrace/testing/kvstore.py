@@ -17,13 +17,14 @@ from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.member import KvStoreMember, KvStoreParts, build
+from headrace.kvstore.pool_service import PoolServicer
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.server import GrpcServer
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.transfer.arena import map_blocks
-from headrace.v1 import cluster_pb2_grpc, kvstore_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, kvstore_pb2_grpc, pool_pb2_grpc
 
 
 @asynccontextmanager
@@ -31,6 +32,7 @@ async def serve_kvstore(parts: KvStoreParts, port: int = 0) -> AsyncIterator[Grp
     """Serve a kvstore on loopback."""
     server = GrpcServer("kvstore", "127.0.0.1", port)
     server.add(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, parts.servicer)
+    server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, parts.pool)
     server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(parts.member))
     async with asyncio.TaskGroup() as tasks:
         parts.actor.mailbox.start(tasks)
@@ -58,7 +60,13 @@ def fake_kvstore(fabric: Fabric, config: KvStoreConfig, clock: Clock, channels: 
     actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
     member = KvStoreMember(config, epoch, actor, channels, clock, lambda _: None)
     canary = Canary(config.name, actor, channels, clock, connect_canary)
-    return KvStoreParts(actor=actor, servicer=KvStoreServicer(actor, epoch), member=member, canary=canary)
+    return KvStoreParts(
+        actor=actor,
+        servicer=KvStoreServicer(actor, epoch),
+        pool=PoolServicer(actor, epoch, clock),
+        member=member,
+        canary=canary,
+    )
 
 
 async def main(memory_bytes: int) -> None:

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,66 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Never sent."""
+    TIER_DEVICE: _Tier.ValueType  # 1
+    """A worker's own pool."""
+    TIER_DRAM: _Tier.ValueType  # 2
+    """Host memory of a kvstore."""
+    TIER_DISK: _Tier.ValueType  # 3
+    """Disk of a kvstore."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """Where a block lies, fastest first."""
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Never sent."""
+TIER_DEVICE: Tier.ValueType  # 1
+"""A worker's own pool."""
+TIER_DRAM: Tier.ValueType  # 2
+"""Host memory of a kvstore."""
+TIER_DISK: Tier.ValueType  # 3
+"""Disk of a kvstore."""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
+class _Provenance:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ProvenanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Provenance.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROVENANCE_UNSPECIFIED: _Provenance.ValueType  # 0
+    """Never sent."""
+    PROVENANCE_EXACT: _Provenance.ValueType  # 1
+    """Computed as part of a prompt, after exactly the tokens that its hash names."""
+    PROVENANCE_CHUNK: _Provenance.ValueType  # 2
+    """Encoded alone, without what stands before it."""
+    PROVENANCE_DECODED: _Provenance.ValueType  # 3
+    """Computed token by token while an answer was generated."""
+    PROVENANCE_DERIVED: _Provenance.ValueType  # 4
+    """Made from other KV: shifted, blended, reduced."""
+
+class Provenance(_Provenance, metaclass=_ProvenanceEnumTypeWrapper):
+    """How a block's KV came to be."""
+
+PROVENANCE_UNSPECIFIED: Provenance.ValueType  # 0
+"""Never sent."""
+PROVENANCE_EXACT: Provenance.ValueType  # 1
+"""Computed as part of a prompt, after exactly the tokens that its hash names."""
+PROVENANCE_CHUNK: Provenance.ValueType  # 2
+"""Encoded alone, without what stands before it."""
+PROVENANCE_DECODED: Provenance.ValueType  # 3
+"""Computed token by token while an answer was generated."""
+PROVENANCE_DERIVED: Provenance.ValueType  # 4
+"""Made from other KV: shifted, blended, reduced."""
+Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
 class KvLayout(_message.Message):

@@ -51,23 +51,63 @@ class PrefixMatch(_message.Message):
 
     LOCATION_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
     location: _builtins.str
     """Name of the worker, or of the kvstore itself."""
     num_blocks: _builtins.int
     """Leading blocks it holds."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierCount]:
+        """How many of them lie in each tier, fastest first."""
+
     def __init__(
         self,
         *,
         location: _builtins.str = ...,
         num_blocks: _builtins.int = ...,
+        tiers: _abc.Iterable[Global___TierCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["location", b"location", "num_blocks", b"num_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["location", b"location", "num_blocks", b"num_blocks", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefixMatch: _TypeAlias = PrefixMatch  # noqa: Y015
+
+@_typing.final
+class TierCount(_message.Message):
+    """Blocks of one kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    tier: _block_pb2.Tier.ValueType
+    """Where they lie."""
+    provenance: _block_pb2.Provenance.ValueType
+    """How their KV came to be."""
+    policy_id: _builtins.str
+    """Hash of the lossy settings upstream; empty is none."""
+    num_blocks: _builtins.int
+    """How many."""
+    def __init__(
+        self,
+        *,
+        tier: _block_pb2.Tier.ValueType = ...,
+        provenance: _block_pb2.Provenance.ValueType = ...,
+        policy_id: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "policy_id", b"policy_id", "provenance", b"provenance", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierCount: _TypeAlias = TierCount  # noqa: Y015
 
 @_typing.final
 class MatchResponse(_message.Message):
@@ -104,12 +144,29 @@ class ReservePutRequest(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     WRITER_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
+    WRITER_EPOCH_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_BEFORE_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
+    POLICY_ID_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Model fingerprint of the writer."""
     writer: _builtins.str
     """Name of the writer."""
     deadline_unix_ms: _builtins.int
     """Clock end of the reservation, milliseconds since the Unix epoch."""
+    writer_epoch: _builtins.str
+    """Lifetime of the writer's process."""
+    tenant: _builtins.str
+    """Tenant whose quota the blocks count against, and to whom they are given back."""
+    num_blocks_before: _builtins.int
+    """Blocks before the first one in the prompt: recomputing a block costs more the later
+    it stands.
+    """
+    provenance: _block_pb2.Provenance.ValueType
+    """How the KV came to be."""
+    policy_id: _builtins.str
+    """Hash of every lossy setting that was active upstream; empty is none."""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Hashes of the blocks, in order."""
@@ -126,10 +183,15 @@ class ReservePutRequest(_message.Message):
         model_fingerprint: _builtins.str = ...,
         writer: _builtins.str = ...,
         deadline_unix_ms: _builtins.int = ...,
+        writer_epoch: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        num_blocks_before: _builtins.int = ...,
+        provenance: _block_pb2.Provenance.ValueType = ...,
+        policy_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "deadline_unix_ms", b"deadline_unix_ms", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "writer", b"writer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "deadline_unix_ms", b"deadline_unix_ms", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_blocks_before", b"num_blocks_before", "policy_id", b"policy_id", "provenance", b"provenance", "tenant", b"tenant", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,22 +236,34 @@ class CommitPutRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     IS_COMPLETE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease of the reservation."""
     epoch: _builtins.str
     """Epoch of the kvstore; a commit of another epoch is refused."""
     is_complete: _builtins.bool
     """False revokes: the blocks go back to the free list."""
+    tenant: _builtins.str
+    """Tenant of the reservation."""
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Digest of each written block over its canonical form, in the order of the lease; 0
+        where none was taken.
+        """
+
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         epoch: _builtins.str = ...,
         is_complete: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
+        digests: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "is_complete", b"is_complete", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "epoch", b"epoch", "is_complete", b"is_complete", "lease_id", b"lease_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -216,109 +290,6 @@ class CommitPutResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitPutResponse: _TypeAlias = CommitPutResponse  # noqa: Y015
-
-@_typing.final
-class AcquireGetRequest(_message.Message):
-    """Set by the reader."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
-    MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
-    READER_FIELD_NUMBER: _builtins.int
-    DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
-    model_fingerprint: _builtins.str
-    """Model fingerprint of the reader."""
-    reader: _builtins.str
-    """Name of the reader."""
-    deadline_unix_ms: _builtins.int
-    """Clock end of the lease, milliseconds since the Unix epoch."""
-    @_builtins.property
-    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Hashes of the blocks, in order."""
-
-    def __init__(
-        self,
-        *,
-        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
-        model_fingerprint: _builtins.str = ...,
-        reader: _builtins.str = ...,
-        deadline_unix_ms: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "deadline_unix_ms", b"deadline_unix_ms", "model_fingerprint", b"model_fingerprint", "reader", b"reader"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AcquireGetRequest: _TypeAlias = AcquireGetRequest  # noqa: Y015
-
-@_typing.final
-class AcquireGetResponse(_message.Message):
-    """Set by the kvstore."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEASE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def lease(self) -> _block_pb2.BlockLease:
-        """The longest stored prefix of the asked blocks, possibly empty."""
-
-    def __init__(
-        self,
-        *,
-        lease: _block_pb2.BlockLease | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AcquireGetResponse: _TypeAlias = AcquireGetResponse  # noqa: Y015
-
-@_typing.final
-class ReleaseGetRequest(_message.Message):
-    """Set by the reader."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LEASE_ID_FIELD_NUMBER: _builtins.int
-    EPOCH_FIELD_NUMBER: _builtins.int
-    lease_id: _builtins.str
-    """The lease."""
-    epoch: _builtins.str
-    """Epoch of the kvstore."""
-    def __init__(
-        self,
-        *,
-        lease_id: _builtins.str = ...,
-        epoch: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleaseGetRequest: _TypeAlias = ReleaseGetRequest  # noqa: Y015
-
-@_typing.final
-class ReleaseGetResponse(_message.Message):
-    """Empty."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReleaseGetResponse: _TypeAlias = ReleaseGetResponse  # noqa: Y015
 
 @_typing.final
 class AnnounceBlocksRequest(_message.Message):

@@ -50,16 +50,6 @@ class KvStoreServiceStub:
                 request_serializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.FromString,
                 _registered_method=True)
-        self.AcquireGet = channel.unary_unary(
-                '/headrace.v1.KvStoreService/AcquireGet',
-                request_serializer=headrace_dot_v1_dot_kvstore__pb2.AcquireGetRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_kvstore__pb2.AcquireGetResponse.FromString,
-                _registered_method=True)
-        self.ReleaseGet = channel.unary_unary(
-                '/headrace.v1.KvStoreService/ReleaseGet',
-                request_serializer=headrace_dot_v1_dot_kvstore__pb2.ReleaseGetRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_kvstore__pb2.ReleaseGetResponse.FromString,
-                _registered_method=True)
         self.AnnounceBlocks = channel.unary_unary(
                 '/headrace.v1.KvStoreService/AnnounceBlocks',
                 request_serializer=headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksRequest.SerializeToString,
@@ -92,20 +82,6 @@ class KvStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AcquireGet(self, request, context):
-        """Leases stored blocks for reading.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def ReleaseGet(self, request, context):
-        """Ends a read lease.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def AnnounceBlocks(self, request, context):
         """Tells the index which blocks a worker's own cache holds.
         """
@@ -130,16 +106,6 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.CommitPut,
                     request_deserializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.SerializeToString,
-            ),
-            'AcquireGet': grpc.unary_unary_rpc_method_handler(
-                    servicer.AcquireGet,
-                    request_deserializer=headrace_dot_v1_dot_kvstore__pb2.AcquireGetRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_kvstore__pb2.AcquireGetResponse.SerializeToString,
-            ),
-            'ReleaseGet': grpc.unary_unary_rpc_method_handler(
-                    servicer.ReleaseGet,
-                    request_deserializer=headrace_dot_v1_dot_kvstore__pb2.ReleaseGetRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_kvstore__pb2.ReleaseGetResponse.SerializeToString,
             ),
             'AnnounceBlocks': grpc.unary_unary_rpc_method_handler(
                     servicer.AnnounceBlocks,
@@ -229,60 +195,6 @@ class KvStoreService:
             '/headrace.v1.KvStoreService/CommitPut',
             headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.SerializeToString,
             headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def AcquireGet(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.KvStoreService/AcquireGet',
-            headrace_dot_v1_dot_kvstore__pb2.AcquireGetRequest.SerializeToString,
-            headrace_dot_v1_dot_kvstore__pb2.AcquireGetResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def ReleaseGet(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.KvStoreService/ReleaseGet',
-            headrace_dot_v1_dot_kvstore__pb2.ReleaseGetRequest.SerializeToString,
-            headrace_dot_v1_dot_kvstore__pb2.ReleaseGetResponse.FromString,
             options,
             channel_credentials,
             insecure,

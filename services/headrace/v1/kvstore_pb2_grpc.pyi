@@ -39,10 +39,6 @@ class KvStoreServiceStub:
     """First phase of a put: reserves room for blocks the store does not have."""
     CommitPut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.CommitPutRequest, _kvstore_pb2.CommitPutResponse]
     """Second phase: makes written blocks visible, or revokes them."""
-    AcquireGet: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.AcquireGetRequest, _kvstore_pb2.AcquireGetResponse]
-    """Leases stored blocks for reading."""
-    ReleaseGet: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseGetRequest, _kvstore_pb2.ReleaseGetResponse]
-    """Ends a read lease."""
     AnnounceBlocks: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.AnnounceBlocksRequest, _kvstore_pb2.AnnounceBlocksResponse]
     """Tells the index which blocks a worker's own cache holds."""
 
@@ -57,10 +53,6 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     """First phase of a put: reserves room for blocks the store does not have."""
     CommitPut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.CommitPutRequest, _kvstore_pb2.CommitPutResponse]  # type: ignore[assignment]
     """Second phase: makes written blocks visible, or revokes them."""
-    AcquireGet: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AcquireGetRequest, _kvstore_pb2.AcquireGetResponse]  # type: ignore[assignment]
-    """Leases stored blocks for reading."""
-    ReleaseGet: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.ReleaseGetRequest, _kvstore_pb2.ReleaseGetResponse]  # type: ignore[assignment]
-    """Ends a read lease."""
     AnnounceBlocks: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AnnounceBlocksRequest, _kvstore_pb2.AnnounceBlocksResponse]  # type: ignore[assignment]
     """Tells the index which blocks a worker's own cache holds."""
 
@@ -90,22 +82,6 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvstore_pb2.CommitPutResponse, _abc.Awaitable[_kvstore_pb2.CommitPutResponse]]:
         """Second phase: makes written blocks visible, or revokes them."""
-
-    @_abc_1.abstractmethod
-    def AcquireGet(
-        self,
-        request: _kvstore_pb2.AcquireGetRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_kvstore_pb2.AcquireGetResponse, _abc.Awaitable[_kvstore_pb2.AcquireGetResponse]]:
-        """Leases stored blocks for reading."""
-
-    @_abc_1.abstractmethod
-    def ReleaseGet(
-        self,
-        request: _kvstore_pb2.ReleaseGetRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_kvstore_pb2.ReleaseGetResponse, _abc.Awaitable[_kvstore_pb2.ReleaseGetResponse]]:
-        """Ends a read lease."""
 
     @_abc_1.abstractmethod
     def AnnounceBlocks(

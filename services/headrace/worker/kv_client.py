@@ -13,7 +13,7 @@ from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost, DeadlineExceeded, HeadraceError, NotReady, PeerFailed
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.transfer.connector import Connector
-from headrace.v1 import kvstore_pb2, kvstore_pb2_grpc
+from headrace.v1 import kvstore_pb2, kvstore_pb2_grpc, pool_pb2, pool_pb2_grpc
 from headrace.worker.peers import Peers
 
 logger = logging.getLogger(__name__)
@@ -201,13 +201,14 @@ class KvClient:
 
     async def _fetch(self, hashes: Sequence[BlockHash], local_ids: Sequence[BlockId], deadline_s: float) -> int:
         await self._meet()
-        request = kvstore_pb2.AcquireGetRequest(
+        request = pool_pb2.AcquireGetRequest(
             block_hashes=hashes,
             model_fingerprint=self._caller.fingerprint,
             reader=self._caller.name,
+            reader_epoch=self._caller.epoch,
             deadline_unix_ms=self._unix_ms(deadline_s),
         )
-        lease = (await self._stub().AcquireGet(request, timeout=CONTROL_TIMEOUT_S)).lease
+        lease = (await self._pool_stub().AcquireGet(request, timeout=CONTROL_TIMEOUT_S)).lease
         num_blocks = len(lease.block_ids)
         if not num_blocks:
             return 0
@@ -228,10 +229,10 @@ class KvClient:
             epoch: Of the store.
             is_wanted: Whether the data will be used, so that a refusal matters.
         """
-        request = kvstore_pb2.ReleaseGetRequest(lease_id=lease_id, epoch=epoch)
+        request = pool_pb2.ReleaseGetRequest(lease_id=lease_id, epoch=epoch)
         try:
             async with translate_errors(self._address):
-                await self._stub().ReleaseGet(request, timeout=CONTROL_TIMEOUT_S)
+                await self._pool_stub().ReleaseGet(request, timeout=CONTROL_TIMEOUT_S)
         except HeadraceError:
             if is_wanted:
                 raise
@@ -243,6 +244,7 @@ class KvClient:
             layout=layout_to_proto(self._caller.layout),
             model_fingerprint=self._caller.fingerprint,
             writer=self._caller.name,
+            writer_epoch=self._caller.epoch,
             deadline_unix_ms=self._unix_ms(deadline_s),
         )
         put = await self._stub().ReservePut(request, timeout=CONTROL_TIMEOUT_S)
@@ -305,6 +307,9 @@ class KvClient:
 
     def _stub(self) -> "kvstore_pb2_grpc.KvStoreServiceAsyncStub":
         return kvstore_pb2_grpc.KvStoreServiceStub(self._channels.get(self._address))
+
+    def _pool_stub(self) -> "pool_pb2_grpc.PoolServiceAsyncStub":
+        return pool_pb2_grpc.PoolServiceStub(self._channels.get(self._address))
 
     def _unix_ms(self, deadline_s: float) -> int:
         return self._clock.unix_ms() + int((deadline_s - self._clock.now()) * 1000)
