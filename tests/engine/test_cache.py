@@ -156,3 +156,18 @@ def test_eviction_gives_back_only_what_nobody_shares(cache):
     assert cache.num_exclusive(first) == cache.num_exclusive(second) == 1
     cache.release(first)
     assert cache.num_exclusive(second) == 3
+
+
+def test_a_cache_that_is_asked_to_describes_what_it_stored_with_tokens_and_parents():
+    cache = BlockCache(8, BLOCK, describes_stored=True)
+    sequence = admit(cache, "a", list(range(2 * BLOCK + 1)))
+    change = cache.take_change()
+    assert tuple(block.block_hash for block in change.described) == change.stored == tuple(sequence.hashes)
+    assert [block.parent for block in change.described] == [ROOT, sequence.hashes[0]]
+    assert [block.tokens for block in change.described] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert {block.root for block in change.described} == {ROOT}
+
+
+def test_a_cache_describes_nothing_unasked(cache):
+    admit(cache, "a", list(range(BLOCK + 1)))
+    assert cache.take_change().described == ()

@@ -1,6 +1,7 @@
 """The engine's blocks: leases of sequences, and the prefixes that stay behind."""
 
 from headrace.core.block import BlockHash, BlockId, blocks_for, chain_hash
+from headrace.core.chained_block import ChainedBlock
 from headrace.core.ledger import BlockLedger, LedgerCounts
 from headrace.engine.messages import CacheChange
 from headrace.engine.sequence import Sequence
@@ -15,12 +16,14 @@ class BlockCache:
     Args:
         num_blocks: Size of the pool.
         block_tokens: Tokens per block.
+        describes_stored: Whether changes carry the tokens of stored blocks, for readers with other hashes.
     """
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, *, describes_stored: bool = False) -> None:
         self.ledger = BlockLedger(num_blocks)
         self.block_tokens = block_tokens
         self._stored: list[BlockHash] = []
+        self._described: dict[BlockHash, ChainedBlock] | None = {} if describes_stored else None
 
     def counts(self) -> LedgerCounts:
         """Return the state of the pool."""
@@ -69,6 +72,8 @@ class BlockCache:
             is_new = self.ledger.lookup(block_hash) is None
             if self.ledger.name(sequence.blocks[index], block_hash) and is_new:
                 self._stored.append(block_hash)
+                if self._described is not None:
+                    self._described[block_hash] = self._describe(sequence, index)
         sequence.num_named = num_full
 
     def num_exclusive(self, sequence: Sequence) -> int:
@@ -88,7 +93,19 @@ class BlockCache:
         # A block may have come and gone, or gone and come back, since the last call: what is true now counts.
         stored = tuple(block for block in dict.fromkeys(named) if self.ledger.lookup(block) is not None)
         removed = tuple(block for block in dict.fromkeys(evicted) if self.ledger.lookup(block) is None)
-        return CacheChange(stored=stored, removed=removed)
+        if self._described is None:
+            return CacheChange(stored=stored, removed=removed)
+        described = tuple(self._described[block] for block in stored)
+        self._described.clear()
+        return CacheChange(stored=stored, removed=removed, described=described)
+
+    def _describe(self, sequence: Sequence, index: int) -> ChainedBlock:
+        return ChainedBlock(
+            block_hash=sequence.hashes[index],
+            parent=sequence.hashes[index - 1] if index else sequence.root,
+            root=sequence.root,
+            tokens=tuple(sequence.tokens[index * self.block_tokens : (index + 1) * self.block_tokens]),
+        )
 
     def _hash_full_blocks(self, sequence: Sequence) -> None:
         size = self.block_tokens

@@ -52,6 +52,7 @@ class EngineConfig:
         fingerprint: Digest of the model, under which blocks are hashed.
         cost: What steps cost: prompts that cannot be computed before their deadline are refused by it. None
             refuses none.
+        describes_stored: Whether changes of the cache carry the tokens of stored blocks.
     """
 
     num_blocks: int
@@ -59,6 +60,7 @@ class EngineConfig:
     max_running: int
     fingerprint: str
     cost: CostModel | None = None
+    describes_stored: bool = False
 
 
 class Engine:
@@ -89,7 +91,9 @@ class Engine:
         self._shape = shape
         self._clock = clock
         self._on_cache_change = on_cache_change
-        self._cache = BlockCache(config.num_blocks, runner.layout.block_tokens)
+        self._cache = BlockCache(
+            config.num_blocks, runner.layout.block_tokens, describes_stored=config.describes_stored
+        )
         # An answer that would fill the pool alone could never go on, as one that fills the context.
         self._max_tokens = min(runner.max_context_tokens, config.num_blocks * runner.layout.block_tokens)
         self._sequences: dict[SequenceId, Sequence] = {}

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from headrace.core.block import BlockHash, BlockId
+from headrace.core.chained_block import ChainedBlock
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.errors import HeadraceError
 
@@ -153,10 +154,15 @@ EngineCommand: TypeAlias = Open | Begin | Close | Pin | Unpin | HoldWriter | Rel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheChange:
-    """Full blocks that came into or left the local prefix cache, for the global index."""
+    """Full blocks that came into or left the local prefix cache, for the global index.
+
+    Attributes:
+        described: The stored blocks with their tokens, where the engine is asked for that.
+    """
 
     stored: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
+    described: tuple[ChainedBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
