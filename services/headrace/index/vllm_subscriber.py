@@ -173,12 +173,12 @@ class VllmSubscriber:
         with self._context.socket(zmq.SUB) as sub:
             self._bound(sub)
             sub.subscribe(self._config.topic.encode())
-            monitor = sub.get_monitor_socket(_CONNECTION_EVENTS)
-            try:
-                _connect(sub, self._config.endpoint)
-                await self._follow(sub, monitor)
-            finally:
-                sub.disable_monitor()
+            with sub.get_monitor_socket(_CONNECTION_EVENTS) as monitor:
+                try:
+                    _connect(sub, self._config.endpoint)
+                    await self._follow(sub, monitor)
+                finally:
+                    sub.disable_monitor()
 
     async def _follow(self, sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
         poller = zmq.asyncio.Poller()
