@@ -82,6 +82,11 @@ def test_blocks_that_we_cannot_name_are_left_out(blocks, fields):
     assert (len(blocks), blocks.num_unsupported) == (0, 1)
 
 
+def test_blocks_of_a_size_that_is_no_multiple_of_ours_are_left_out(blocks):
+    assert blocks.store(stored([1, 2], [1, 2, 3, 4, 5, 6], block_size=3)) is None
+    assert blocks.num_unsupported == 2
+
+
 def test_a_window_that_slides_removes_no_whole_prefix(blocks):
     blocks.store(stored([1], [1, 2, 3, 4], group_idx=0, kv_cache_spec_kind="full_attention"))
     blocks.store(stored([1], [1, 2, 3, 4], group_idx=1, kv_cache_spec_kind="sliding_window"))

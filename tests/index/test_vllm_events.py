@@ -139,7 +139,7 @@ VALUES = st.recursive(
 TAGS = st.sampled_from(["BlockStored", "BlockRemoved", "AllBlocksCleared", "Unheard"])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.builds(lambda tag, rest: [tag, *rest], TAGS, st.lists(VALUES, max_size=8)) | VALUES, max_size=4))
 def test_every_event_of_a_batch_is_read_or_counted(events):
     batch = decode_batch(batch_of(*events))

@@ -278,7 +278,6 @@ class Followed:
         blocks = ForeignBlocks(ROOT, BLOCK)
         self.feed = VllmFeed("pod", blocks, lambda: next(epochs), self.events.put_nowait)
         config = VllmSubscriberConfig(
-            location="pod",
             endpoint=f"{address}-pub",
             replay_endpoint=f"{address}-replay" if has_replay else "",
             topic="kv-events",

@@ -53,7 +53,13 @@ def test_what_was_said_before_a_clear_in_the_same_batch_is_void():
     events = []
     stored = ["BlockStored", [1], None, [1, 2], 2]
     feed_of(events).take(0, msgspec.msgpack.encode([1.0, [stored, ["AllBlocksCleared"]]]))
-    assert [(event.epoch, event.sequence, event.changes) for event in events] == [("0", 0, ())]
+    assert [(event.epoch, event.sequence, event.changes) for event in events] == [("0", 0, ()), ("1", 0, ())]
+
+
+def test_the_first_batch_begins_an_epoch():
+    events = []
+    feed_of(events).take(5, msgspec.msgpack.encode([1.0, [["BlockStored", [1], None, [1, 2], 2]]]))
+    assert [(event.epoch, event.sequence, len(event.changes)) for event in events] == [("0", 0, 0), ("0", 1, 1)]
 
 
 def test_a_reset_forgets_blocks_and_where_counting_stands():

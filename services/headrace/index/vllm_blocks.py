@@ -92,8 +92,8 @@ class ForeignBlocks:
         if event.locality == "REMOTE" or not event.is_plain:
             return False
         size = event.block_size
-        is_filled = size > 0 and size % self._block_tokens == 0
-        return not event.token_ids or (is_filled and len(event.token_ids) == size * len(event.block_hashes))
+        is_filled = len(event.token_ids) == size * len(event.block_hashes)
+        return not event.token_ids or (is_filled and size % self._block_tokens == 0)
 
     def _resolve(self, event: BlockStored) -> Iterator[_Held]:
         """Yield the blocks of an event as far as they can be named, remembering new ones."""

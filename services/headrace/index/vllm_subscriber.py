@@ -44,7 +44,6 @@ class VllmSubscriberConfig:
     """Which engine is followed, and within which bounds.
 
     Attributes:
-        location: Name of the engine in the index.
         endpoint: Its PUB socket.
         replay_endpoint: Its ROUTER socket; empty for none: then every gap forgets all.
         topic: First bytes of the topics to hear.
@@ -53,7 +52,6 @@ class VllmSubscriberConfig:
         high_water_mark: Messages that wait here before some are lost.
     """
 
-    location: str
     endpoint: str
     replay_endpoint: str = ""
     topic: str = ""
@@ -118,6 +116,8 @@ class VllmFeed:
         """Apply a batch; one that cannot be read counts as empty."""
         self.expected = sequence + 1
         self.counts.num_batches += 1
+        if not self._epoch:
+            self._begin()
         try:
             batch = decode_batch(payload)
         except InvalidRequest:
@@ -161,7 +161,6 @@ class VllmSubscriber:
         self._config = config
         self._feed = feed
         self._context = context
-        self._is_connected = False
         self._last_heard: int | None = None
 
     async def run(self) -> None:
@@ -196,11 +195,12 @@ class VllmSubscriber:
 
     async def _note_connection(self, sub: zmq.asyncio.Socket, *, is_connected: bool) -> None:
         """Begin anew: who answers now need not be who answered before, and may have missed the same numbers."""
-        self._is_connected, self._last_heard = is_connected, None
+        self._last_heard = None
         self._feed.reset(ResetReason.CONNECTED if is_connected else ResetReason.DISCONNECTED)
         if is_connected:
             await self._replay(0)
             return
+        # What is left of a connection that ended must not count as the first of the next.
         while await sub.poll(0):
             await sub.recv_multipart()
 
@@ -208,8 +208,6 @@ class VllmSubscriber:
         sequence = _sequence(frames)
         if sequence is None or sequence == END_OF_REPLAY:
             self._feed.counts.num_malformed += 1
-            return
-        if not self._is_connected:
             return
         if self._last_heard is not None and sequence <= self._last_heard:
             self._feed.reset(ResetReason.RESTARTED)
