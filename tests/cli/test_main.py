@@ -58,8 +58,9 @@ def test_the_run_directory_comes_from_the_environment(tmp_path: Path) -> None:
     assert "nothing runs in elsewhere" in headrace("down", cwd=tmp_path, HEADRACE_RUN_DIR="elsewhere").stdout
 
 
-def test_the_doctor_needs_a_cluster(tmp_path: Path) -> None:
-    found = headrace("doctor", "transport", cwd=tmp_path)
+@pytest.mark.parametrize("question", ["transport", "leases"])
+def test_the_doctor_needs_a_cluster(tmp_path: Path, question: str) -> None:
+    found = headrace("doctor", question, cwd=tmp_path)
     assert found.returncode == 1
     assert "start it with `headrace up`" in found.stderr
 

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from headrace.cli.doctor import measure_lanes
+from headrace.cli.leases import list_leases
 from headrace.testing.cluster import LocalCluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
@@ -26,6 +27,16 @@ def test_every_server_listens_on_loopback_only(cluster):
             address = ipaddress.ip_address(socket.laddr.ip)
             mapped = getattr(address, "ipv4_mapped", None)
             assert (mapped or address).is_loopback, f"{name} listens on {socket.laddr}"
+
+
+def test_the_doctor_lists_the_blocks_of_every_process(cluster):
+    pools = blocks_movers(cluster)
+    reports = {report.process: report for report in list_leases(pools)}
+    assert reports.keys() == pools.keys()
+    for report in reports.values():
+        ledger = report.ledger
+        assert report.error is None
+        assert ledger.free + ledger.cached + ledger.leased == ledger.total > 0
 
 
 def test_the_doctor_measures_every_pair_also_after_the_kvstore_was_reborn(cluster):

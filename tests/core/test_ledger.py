@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from headrace.core.block import BlockHash
-from headrace.core.ledger import BlockLedger
-from headrace.errors import Saturated
+from headrace.core.ledger import BlockLedger, Holder
+from headrace.errors import InternalError, Saturated
 
 
 def name_of(number):
@@ -153,6 +153,82 @@ def test_forgetting_the_cache_frees_it_and_reports_the_names():
     assert ledger.names() == ()
 
 
+def test_a_cached_block_that_loses_its_name_is_free():
+    ledger = BlockLedger(2)
+    (block,) = ledger.lease("a", 1)
+    ledger.name(block, name_of(1))
+    ledger.release("a")
+    assert ledger.unname(name_of(1))
+    assert states(ledger) == (2, 0, 0)
+    assert ledger.lookup(name_of(1)) is None
+    assert ledger.take_evicted() == (name_of(1),)
+    assert not ledger.unname(name_of(1))
+    ledger.verify()
+
+
+def test_a_leased_block_that_loses_its_name_stays_until_its_last_holder_leaves():
+    ledger = BlockLedger(2)
+    (block,) = ledger.lease("a", 1)
+    ledger.name(block, name_of(1))
+    ledger.hold("peer", [block])
+    assert ledger.unname(name_of(1))
+    assert ledger.match([name_of(1)]) == ()
+    ledger.release("a")
+    assert states(ledger) == (1, 0, 1)
+    ledger.release_writer("peer")
+    assert states(ledger) == (2, 0, 0)
+    ledger.verify()
+
+
+def test_holders_are_the_leases_with_their_ends_and_the_writers_without():
+    ledger = BlockLedger(4)
+    ledger.lease("a", 2, owner="sequence", reader="peer", epoch="e", deadline_s=7.0)
+    ledger.hold("w", [0])
+    assert ledger.holders() == (
+        Holder(lease_id="a", owner="sequence", reader="peer", epoch="e", deadline_s=7.0, num_blocks=2),
+        Holder(lease_id="w", deadline_s=None, num_blocks=1),
+    )
+    ledger.release("a")
+    ledger.release_writer("w")
+    assert ledger.holders() == ()
+
+
+def _leak(ledger):
+    ledger._users[1] += 1
+
+
+def _lose(ledger):
+    ledger._free[-1] = ledger._free[0]
+
+
+def _rename(ledger):
+    ledger._hash_of[0] = name_of(5)
+
+
+def _keep_name(ledger):
+    ledger._hash_of[3], ledger._block_of[name_of(3)] = name_of(3), 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_leak, "number of users differs"),
+        (_lose, "neither free nor cached"),
+        (_rename, "names and blocks disagree"),
+        (_keep_name, "a free block has a name"),
+        (lambda ledger: ledger._free.append(0), "does not add up"),
+    ],
+    ids=["a user too many", "a block lost", "another name", "a name on a free block", "a block too many"],
+)
+def test_verify_finds_damage(damage, message):
+    ledger = BlockLedger(4)
+    ledger.name(ledger.lease("a", 2)[0], name_of(1))
+    ledger.verify()
+    damage(ledger)
+    with pytest.raises(InternalError, match=message):
+        ledger.verify()
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
@@ -289,6 +365,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert self.ledger.name(block, block_hash)
                 self.names[block_hash] = block
         self.release(lease_id)
+
+    @rule(number=st.integers(0, 9))
+    def unname(self, number):
+        assert self.ledger.unname(name_of(number)) == (name_of(number) in self.names)
+        self.settle_evictions()
 
     @rule()
     def forget_cached(self):

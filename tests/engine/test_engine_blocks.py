@@ -4,7 +4,18 @@ import pytest
 
 from headrace.core.block import BlockId
 from headrace.core.request import SequenceId
-from headrace.engine.messages import Admitted, Begin, Close, Goal, HoldWriter, ReleaseWriter, Unpin
+from headrace.engine.messages import (
+    Admitted,
+    Begin,
+    Close,
+    Goal,
+    HoldWriter,
+    ListHolders,
+    Pin,
+    Quarantine,
+    ReleaseWriter,
+    Unpin,
+)
 from headrace.errors import DeadlineExceeded
 
 
@@ -106,6 +117,40 @@ def test_a_pin_and_a_sequence_of_the_same_name_are_two_things(make_client, refer
     client.engine.apply(Unpin(lease_id="s1"))
     client.steps()
     assert client.tokens(second) == reference(prompt_of(1, 17), max_tokens=20, ignore_eos=True)
+
+
+def test_the_list_of_holders_names_sequences_pins_and_writers(make_client, prompt_of):
+    client = make_client()
+    first = client.open(prompt_of(1, 8), goal=Goal.FIRST_TOKEN)
+    client.steps()
+    terms = {"owner": "read", "reader": "p1", "epoch": "e"}
+    hashes = client.admitted(first).block_hashes[:1]
+    client.engine.apply(Pin(lease_id="l", block_hashes=hashes, deadline_s=1500.0, reply=lambda _: None, **terms))
+    client.engine.apply(HoldWriter(writer_id="w", block_ids=client.admitted(first).block_ids))
+    found = []
+    client.engine.apply(ListHolders(reply=found.extend))
+    assert [(each.owner, each.reader, each.epoch, each.deadline_s, each.num_blocks) for each in found] == [
+        (first, "", "", float("inf"), 2),
+        ("read", "p1", "e", 1500.0, 1),
+        ("", "", "", None, 2),
+    ]
+    client.engine.apply(Unpin(lease_id="l"))
+    client.engine.apply(ReleaseWriter(writer_id="w"))
+
+
+def test_a_quarantined_block_is_computed_anew_and_the_index_hears_of_it(make_client, reference, prompt_of):
+    client = make_client()
+    first = client.open(prompt_of(1, 16))
+    client.steps()
+    hashes, blocks = client.admitted(first).block_hashes, client.admitted(first).block_ids
+    client.runner.write(blocks[1:2], (1,) * 4)
+    client.engine.apply(Quarantine(block_hash=hashes[1], reply=lambda _: None))
+    client.steps()
+    assert client.changes[-1].removed == (hashes[1],)
+    second = client.open(prompt_of(1, 16))
+    client.steps()
+    assert client.admitted(second).num_cached_tokens == 4
+    assert client.tokens(second) == reference(prompt_of(1, 16))
 
 
 def test_a_pin_ends_by_the_clock(make_client, prompt_of):

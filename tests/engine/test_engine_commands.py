@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from headrace.core.request import Token
-from headrace.engine.messages import Admitted, Close, Failed, Goal, HoldWriter, ReleaseWriter, Sampled, Unpin
+from headrace.engine.messages import (
+    Admitted,
+    Close,
+    Failed,
+    Goal,
+    HoldWriter,
+    Quarantine,
+    ReleaseWriter,
+    Sampled,
+    Unpin,
+)
 from headrace.engine.scheduler import WholeShape
 from headrace.techniques.sarathi.shape import ChunkedShape
 
@@ -118,6 +128,18 @@ class EngineMachine(RuleBasedStateMachine):
         lease_id = self.pick(number, self.pins)
         self.client.engine.apply(Unpin(lease_id=lease_id))
         del self.pins[lease_id]
+
+    @precondition(lambda self: self.client.engine._cache.ledger.names())
+    @rule(number=PICK)
+    def quarantine(self, number):
+        block_hash = self.pick(number, self.client.engine._cache.ledger.names())
+        was_here = []
+        self.client.engine.apply(Quarantine(block_hash=block_hash, reply=was_here.append))
+        assert was_here == [True]
+        for name, (blocks, hashes, end_s) in self.pins.items():
+            if block_hash in hashes:
+                num_left = hashes.index(block_hash)
+                self.pins[name] = (blocks[:num_left], hashes[:num_left], end_s)
 
     @precondition(lambda self: self.admitted(self.held))
     @rule(number=PICK)

@@ -7,7 +7,19 @@ from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine import thread as engine_thread
 from headrace.engine.engine import Engine, EngineConfig
-from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, HoldWriter, Open, Pin, Sampled
+from headrace.engine.messages import (
+    Admitted,
+    Begin,
+    Close,
+    Failed,
+    Goal,
+    HoldWriter,
+    ListHolders,
+    Open,
+    Pin,
+    Quarantine,
+    Sampled,
+)
 from headrace.engine.scheduler import FirstComeFirstServed
 from headrace.engine.thread import EngineThread
 from headrace.errors import DeadlineExceeded, Draining, InternalError, Saturated
@@ -207,15 +219,20 @@ def test_what_was_queued_at_the_end_is_answered(engine, runner):
     runner.entered.clear()
     begin(thread)
     assert runner.entered.wait(PATIENCE_S)
-    queued, pinned = open_sequence(thread, "b"), []
+    queued, pinned, quarantined, listed = open_sequence(thread, "b"), [], [], []
     thread.send(Pin(lease_id="p", block_hashes=(), deadline_s=1.0, reply=pinned.append))
+    thread.send(Quarantine(block_hash=b"x" * 16, reply=quarantined.append))
+    thread.send(ListHolders(reply=listed.append))
     stopper = threading.Thread(target=thread.stop)
     stopper.start()
     poll(lambda: thread._is_stopping)
     runner.gate.set()
     stopper.join(PATIENCE_S)
     assert isinstance(queued.of(Failed)[0].error, Draining)
-    assert pinned == [()]
+    assert (pinned, quarantined, listed) == ([()], [False], [()])
+    for question in (Quarantine(block_hash=b"x" * 16, reply=pinned.append), ListHolders(reply=pinned.append)):
+        with pytest.raises(Draining):
+            thread.send(question)
 
 
 def test_a_bug_in_the_engine_fails_everyone_and_is_logged(engine, caplog, monkeypatch):

@@ -144,13 +144,26 @@ def transport(run_dir: RunDir = None) -> None:
     """Measure lane, bandwidth and latency between each pair of processes that hold KV blocks."""
     from headrace.cli.doctor import HEADER, measure_lanes
 
-    processes = _running(run_dir).processes
-    addresses = {process.name: process.grpc for process in processes if process.role != Role.ROUTER.value}
+    pools = _pools(run_dir)
     typer.echo(HEADER)
     is_broken = False
-    for lane in measure_lanes(addresses):
+    for lane in measure_lanes(pools):
         typer.echo(lane.row())
         is_broken |= lane.error is not None
+    raise typer.Exit(int(is_broken))
+
+
+@doctor.command()
+def leases(run_dir: RunDir = None) -> None:
+    """Show who holds KV blocks in each process, and until when."""
+    from headrace.cli.leases import HEADER, list_leases
+
+    pools = _pools(run_dir)
+    typer.echo(HEADER)
+    is_broken = False
+    for report in list_leases(pools):
+        typer.echo("\n".join(report.rows()))
+        is_broken |= report.error is not None
     raise typer.Exit(int(is_broken))
 
 
@@ -168,6 +181,12 @@ def _running(run_dir: Path | None) -> "ClusterState":
     if cluster is None or not cluster.is_running:
         raise NotReady(f"nothing runs in {folder}; start it with `headrace up`")
     return cluster
+
+
+def _pools(run_dir: Path | None) -> dict[str, str]:
+    """Return host:port of each process that holds KV blocks, by name."""
+    processes = _running(run_dir).processes
+    return {process.name: process.grpc for process in processes if process.role != Role.ROUTER.value}
 
 
 def _run_dir(given: Path | None) -> Path:

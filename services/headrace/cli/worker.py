@@ -6,6 +6,7 @@ lost all workers of one role still serves.
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,19 +51,25 @@ from headrace.transfer.agent import Transport
 from headrace.transfer.arena import Arena
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
-from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, pool_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
 from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
+from headrace.worker.pool_service import PoolServicer
 from headrace.worker.process import MemberParts, WorkerMember
+from headrace.worker.reads import Reads
 from headrace_kernels import native
 
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
-NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
+NEW_WORK = (
+    "/headrace.v1.DecodeService/Decode",
+    "/headrace.v1.PrefillService/Prefill",
+    "/headrace.v1.PoolService/AcquireGet",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +320,13 @@ def _server(config: WorkerConfig, parts: Parts, member: WorkerMember) -> GrpcSer
     server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
     server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, decode)
     server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(parts.prefill))
+    server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, _pool_servicer(parts.member))
     return server
+
+
+def _pool_servicer(parts: MemberParts) -> PoolServicer:
+    reads = Reads(parts.engine, parts.clock, parts.epoch, lambda: secrets.token_hex(16))
+    return PoolServicer(reads, parts)
 
 
 class CacheChanges:

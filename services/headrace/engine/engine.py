@@ -24,9 +24,11 @@ from headrace.engine.messages import (
     Failed,
     Goal,
     HoldWriter,
+    ListHolders,
     Open,
     Pin,
     Progress,
+    Quarantine,
     ReleaseWriter,
     Sampled,
     Unpin,
@@ -146,6 +148,10 @@ class Engine:
                 self._cache.ledger.hold(writer_id, blocks)
             case ReleaseWriter(writer_id=writer_id):
                 self._cache.ledger.release_writer(writer_id)
+            case Quarantine(block_hash=block_hash, reply=reply):
+                reply(self._cache.ledger.unname(block_hash))
+            case ListHolders(reply=reply):
+                reply(self._cache.ledger.holders())
             case _:
                 assert_never(command)
 
@@ -255,7 +261,15 @@ class Engine:
         ledger, lease_id = self._cache.ledger, _pin_lease(command.lease_id)
         blocks = ledger.match(command.block_hashes) if ledger.find(lease_id) is None else ()
         if blocks:
-            ledger.lease(lease_id, 0, shared=blocks, owner="pin", deadline_s=command.deadline_s)
+            ledger.lease(
+                lease_id,
+                0,
+                shared=blocks,
+                owner=command.owner,
+                reader=command.reader,
+                epoch=command.epoch,
+                deadline_s=command.deadline_s,
+            )
         command.reply(blocks)
 
     def _expire(self) -> None:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.chained_block import ChainedBlock
+from headrace.core.ledger import Holder
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.errors import HeadraceError
 
@@ -115,12 +116,18 @@ class Pin:
     """Keep cached blocks in place under a lease of their own while a transfer reads them.
 
     Attributes:
+        owner: Whose work it is, for lists of holders.
+        reader: Who else reads them; empty when nobody does.
+        epoch: Lifetime of the reader's process.
         reply: Called on the engine's thread with the leading blocks still present, maybe none.
     """
 
     lease_id: str
     block_hashes: tuple[BlockHash, ...]
     deadline_s: float
+    owner: str = "pin"
+    reader: str = ""
+    epoch: str = ""
     reply: Callable[[tuple[BlockId, ...]], None]
 
 
@@ -149,7 +156,30 @@ class ReleaseWriter:
     writer_id: str
 
 
-EngineCommand: TypeAlias = Open | Begin | Close | Pin | Unpin | HoldWriter | ReleaseWriter
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """Let nobody find a cached block any more: its bytes are not what they should be. Who holds it keeps it.
+
+    Attributes:
+        reply: Called on the engine's thread with whether the block was here.
+    """
+
+    block_hash: BlockHash
+    reply: Callable[[bool], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListHolders:
+    """Ask who holds blocks.
+
+    Attributes:
+        reply: Called on the engine's thread with every lease and writer.
+    """
+
+    reply: Callable[[tuple[Holder, ...]], None]
+
+
+EngineCommand: TypeAlias = Open | Begin | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,17 @@ from collections import deque
 from headrace.clock import Clock
 from headrace.engine.cores import Cores
 from headrace.engine.engine import Engine
-from headrace.engine.messages import Begin, EngineCommand, EngineStats, Failed, HoldWriter, Open, Pin
+from headrace.engine.messages import (
+    Begin,
+    EngineCommand,
+    EngineStats,
+    Failed,
+    HoldWriter,
+    ListHolders,
+    Open,
+    Pin,
+    Quarantine,
+)
 from headrace.errors import Draining, HeadraceError, InternalError, Saturated
 
 logger = logging.getLogger(__name__)
@@ -57,11 +67,11 @@ class EngineThread:
         """Queue a command and return at once; any thread may call it.
 
         Raises:
-            Saturated: too many commands wait. Commands that free something are never refused.
+            Saturated: too many commands wait. Commands that end something are never refused.
             Draining: the engine has been told to stop, or has stopped on a bug.
         """
         with self._wake:
-            if isinstance(command, Open | Begin | Pin | HoldWriter):
+            if isinstance(command, Open | Begin | Pin | HoldWriter | Quarantine | ListHolders):
                 self._require_room()
             self._commands.append(command)
             self._wake.notify()
@@ -108,8 +118,12 @@ class EngineThread:
             match self._commands.popleft():
                 case Open(spec=spec, sink=sink):
                     sink(Failed(sequence_id=spec.sequence_id, error=error))
-                case Pin(reply=reply):
-                    reply(())
+                case Pin(reply=answer_pin):
+                    answer_pin(())
+                case Quarantine(reply=answer_quarantine):
+                    answer_quarantine(False)  # noqa: FBT003 it was not here
+                case ListHolders(reply=answer_list):
+                    answer_list(())
                 case _:
                     pass
 

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, KvLayout, root_hash
+from headrace.core.lease_terms import checked_hashes, lease_end_s
 from headrace.core.ledger import LedgerCounts
 from headrace.errors import Draining, HeadraceError, NotReady
 from headrace.kvstore.config import KvStoreConfig
@@ -32,7 +33,7 @@ from headrace.kvstore.messages import (
     ReservePut,
     Tick,
 )
-from headrace.kvstore.policy import check_layout, checked_hashes, lease_end_s
+from headrace.kvstore.policy import check_layout
 from headrace.kvstore.pool import NUM_CANARY_BLOCKS, BlockPool, is_canary
 from headrace.kvstore.store import StoreTotals, Terms
 from headrace.runtime.actor import Actor, ActorStats

@@ -4,6 +4,7 @@ Only what would need a GPU, NIXL or a second process is fake; gRPC runs over loo
 """
 
 import asyncio
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -42,20 +43,26 @@ from headrace.testing.kvstore import fake_kvstore, serve_kvstore
 from headrace.testing.lane import FaultyLane
 from headrace.testing.runner import FakeRunner
 from headrace.testing.text import byte_text_model
-from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, prefill_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, pool_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.blocks import BlockExchange, ExchangeParts
 from headrace.worker.config import WorkerConfig, WorkerRole
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.kv_client import KvClient, StoreCaller
 from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
+from headrace.worker.pool_service import PoolServicer
 from headrace.worker.process import MemberParts, WorkerMember
+from headrace.worker.reads import Reads
 
 FINGERPRINT = "fake-model"
 BLOCK_TOKENS = 4
 VOCAB_SIZE = 259
 PATIENCE_S = 10.0
-NEW_WORK = ("/headrace.v1.DecodeService/Decode", "/headrace.v1.PrefillService/Prefill")
+NEW_WORK = (
+    "/headrace.v1.DecodeService/Decode",
+    "/headrace.v1.PrefillService/Prefill",
+    "/headrace.v1.PoolService/AcquireGet",
+)
 Tick = Callable[[str], None]
 
 
@@ -218,10 +225,15 @@ class FleetWorker:
         self.server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(self.member))
         self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
         self.server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(self.prefill))
+        self.server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, self._pool_servicer())
         await self.server.start()
         self.lane.connect(self.server.port)
         self.thread.start()
         self._expiry = self._tasks.create_task(self.reservations.run_expiry())
+
+    def _pool_servicer(self) -> PoolServicer:
+        reads = Reads(self.engine, self._parts.clock, self.epoch, lambda: secrets.token_hex(16))
+        return PoolServicer(reads, self._parts)
 
     async def kill(self) -> None:
         """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""

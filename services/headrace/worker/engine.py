@@ -2,10 +2,11 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from headrace.core.block import BlockHash, BlockId
+from headrace.core.ledger import Holder
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.engine.messages import (
     Admitted,
@@ -17,12 +18,16 @@ from headrace.engine.messages import (
     Failed,
     Goal,
     HoldWriter,
+    ListHolders,
     Open,
     Pin,
+    Quarantine,
     ReleaseWriter,
     Unpin,
 )
 from headrace.errors import HeadraceError, InternalError, InvalidRequest
+
+AnswerT = TypeVar("AnswerT")
 
 
 class CommandPort(Protocol):
@@ -170,16 +175,32 @@ class AsyncEngine:
         self._open.add(spec.sequence_id)
         return sequence
 
-    async def pin(self, lease_id: str, hashes: Sequence[BlockHash], deadline_s: float) -> tuple[BlockId, ...]:
-        """Keep cached blocks in place; returns the leading ones still present."""
-        reply: asyncio.Future[tuple[BlockId, ...]] = self._loop.create_future()
+    async def pin(
+        self, lease_id: str, hashes: Sequence[BlockHash], deadline_s: float, *, reader: str = "", epoch: str = ""
+    ) -> tuple[BlockId, ...]:
+        """Keep cached blocks in place; returns the leading ones still present.
 
-        def answer(blocks: tuple[BlockId, ...]) -> None:
-            self._loop.call_soon_threadsafe(_resolve, reply, blocks)
+        Args:
+            lease_id: Name of the pin.
+            hashes: Names of the blocks, in order.
+            deadline_s: When the pin ends by itself.
+            reader: The process that reads them, when it is another one.
+            epoch: Its lifetime.
+        """
 
-        self.send(Pin(lease_id=lease_id, block_hashes=tuple(hashes), deadline_s=deadline_s, reply=answer))
+        def pin(answer: Callable[[tuple[BlockId, ...]], None]) -> Pin:
+            return Pin(
+                lease_id=lease_id,
+                block_hashes=tuple(hashes),
+                deadline_s=deadline_s,
+                owner="read" if reader else "pin",
+                reader=reader,
+                epoch=epoch,
+                reply=answer,
+            )
+
         try:
-            return await reply
+            return await self._ask(pin)
         except asyncio.CancelledError:
             self.unpin(lease_id)
             raise
@@ -187,6 +208,14 @@ class AsyncEngine:
     def unpin(self, lease_id: str) -> None:
         """End a pin."""
         self.send(Unpin(lease_id=lease_id))
+
+    async def quarantine(self, block_hash: BlockHash) -> bool:
+        """Let nobody find a cached block any more; returns whether it was here."""
+        return await self._ask(lambda answer: Quarantine(block_hash=block_hash, reply=answer))
+
+    async def holders(self) -> tuple[Holder, ...]:
+        """Return who holds blocks."""
+        return await self._ask(lambda answer: ListHolders(reply=answer))
 
     def hold_writer(self, writer_id: str, block_ids: Sequence[BlockId]) -> None:
         """Count a transfer that writes into blocks."""
@@ -201,6 +230,16 @@ class AsyncEngine:
         self._open.discard(sequence_id)
         self.send(Close(sequence_id=sequence_id))
 
+    async def _ask(self, make: Callable[[Callable[[AnswerT], None]], EngineCommand]) -> AnswerT:
+        """Send the command that `make` makes of an answer's way back, and wait for the answer: at most a step."""
+        reply: asyncio.Future[AnswerT] = self._loop.create_future()
+
+        def answer(value: AnswerT) -> None:
+            self._loop.call_soon_threadsafe(_resolve, reply, value)
+
+        self.send(make(answer))
+        return await reply
+
     def _deliver(self, events: EventStream, event: EngineEvent) -> None:
         """Runs on the engine's thread: one wake-up per burst of events, not one per event."""
         self._arrived.append((events, event))
@@ -213,6 +252,6 @@ class AsyncEngine:
             events.put(event)
 
 
-def _resolve(reply: asyncio.Future[tuple[BlockId, ...]], blocks: tuple[BlockId, ...]) -> None:
+def _resolve(reply: asyncio.Future[AnswerT], value: AnswerT) -> None:
     if not reply.done():
-        reply.set_result(blocks)
+        reply.set_result(value)
