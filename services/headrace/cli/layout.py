@@ -9,7 +9,9 @@ from typing import Annotated, TypeAlias
 
 import yaml
 
+from headrace.cli import embedded_redis
 from headrace.cli.ports import Ports
+from headrace.cli.private_file import write_private
 from headrace.errors import ConfigError
 from headrace.settings import Between, parse_assignments
 from headrace.worker.config import Dtype
@@ -38,6 +40,8 @@ class RunConfig:
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
         ready_timeout_s: Longest time until the cluster answers.
+        redis_url: Redis or Valkey server that the services share; None starts one of the cluster's own.
+        redis_port: First port tried for that.
     """
 
     dir: Path = Path(".run")
@@ -47,6 +51,8 @@ class RunConfig:
     http_port: FirstPort = 8000
     grpc_port: FirstPort = 50051
     ready_timeout_s: float = 120.0
+    redis_url: str | None = None
+    redis_port: FirstPort = 6379
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +61,9 @@ class Service:
 
     Attributes:
         name: Unique in the cluster.
-        role: As `headrace serve` takes it.
+        role: As `headrace serve` takes it, or "redis".
         command: Its command line.
-        grpc: host:port of its gRPC server.
+        grpc: host:port of its gRPC server; None for Redis.
         http: Base URL of its HTTP server, if it has one.
         log: File for its output.
         env: Environment it gets unless the variable is set already.
@@ -66,7 +72,7 @@ class Service:
     name: str
     role: str
     command: tuple[str, ...]
-    grpc: str
+    grpc: str | None
     http: str | None
     log: Path
     env: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +89,8 @@ class Layout:
         dtype: Precision of the workers.
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
+        redis_url: Redis that the services share; None starts one.
+        redis_port: First port tried for that.
         overrides: Per section or process name, dotted field to text.
         program: Command line in front of `ROLE --config FILE`.
     """
@@ -93,6 +101,8 @@ class Layout:
     dtype: str
     http_port: int
     grpc_port: int
+    redis_url: str | None
+    redis_port: int
     overrides: dict[str, dict[str, str]]
     program: tuple[str, ...] = SERVE
 
@@ -119,6 +129,8 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         dtype=config.dtype.value,
         http_port=config.http_port,
         grpc_port=config.grpc_port,
+        redis_url=config.redis_url,
+        redis_port=config.redis_port,
         overrides=_overrides(assignments, names),
     )
 
@@ -140,7 +152,7 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
     """Choose ports, write one configuration file per service and return what to start, router first.
 
     Raises:
-        ConfigError: no port is free.
+        ConfigError: no port is free, or there is no Redis to start.
     """
     run_dir = Path(layout.run_dir)
     names = ("router", "kvstore", *_names(layout.roles))
@@ -148,10 +160,13 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
     grpc = {name: f"{HOST}:{number}" for name, number in zip(names, numbers, strict=True)}
     http_port = ports.take(layout.http_port)
     roles = dict(zip(names, ("router", "kvstore", *layout.roles), strict=True))
+    redis_url, redis = layout.redis_url, None
+    if redis_url is None:
+        redis, redis_url = _redis(run_dir, ports.take(layout.redis_port))
     services = []
-    for name, content in _contents(layout, grpc, http_port).items():
+    for name, content in _contents(layout, grpc, http_port, redis_url).items():
         file = run_dir / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_private(file, yaml.safe_dump(content, sort_keys=False))
         section = next(iter(content))
         overrides = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
         command = [*layout.program, roles[name], "--config", str(file)]
@@ -168,10 +183,20 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
                 env=(SPIN_BRIEFLY if roles[name] in WORKER_ROLES else {}) | STAY_LOCAL,
             )
         )
-    return services
+    return services if redis is None else [*services, redis]
 
 
-def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[str, dict[str, dict[str, object]]]:
+def _redis(run_dir: Path, port: int) -> tuple[Service, str]:
+    """Return the cluster's own Redis and its URL."""
+    command, url = embedded_redis.prepare(run_dir / "redis", HOST, port)
+    log = run_dir / "logs" / "redis.log"
+    return Service(name="redis", role="redis", command=command, grpc=None, http=None, log=log), url
+
+
+def _contents(
+    layout: Layout, grpc: Mapping[str, str], http_port: int, redis_url: str
+) -> dict[str, dict[str, dict[str, object]]]:
+    redis = {"redis": {"url": redis_url}}
     workers = dict(zip(_names(layout.roles), layout.roles, strict=True))
     contents: dict[str, dict[str, dict[str, object]]] = {
         "router": {
@@ -182,8 +207,9 @@ def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[s
                 "kvstore": grpc["kvstore"],
                 "model": layout.model,
             }
+            | redis
         },
-        "kvstore": {"kvstore": {"name": "kvstore"} | _bind(grpc["kvstore"])},
+        "kvstore": {"kvstore": {"name": "kvstore"} | _bind(grpc["kvstore"]) | redis},
     }
     for name, role in workers.items():
         contents[name] = {
@@ -196,6 +222,7 @@ def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[s
                 "kvstore": grpc["kvstore"],
                 "peers": [grpc[other] for other in workers if other != name],
             }
+            | redis
         }
     return contents
 

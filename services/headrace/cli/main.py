@@ -86,7 +86,7 @@ def up(  # noqa: PLR0913 - one parameter is one option of the command
     cluster, ran_before = local.up(planned, config.ready_timeout_s)
     typer.echo(f"headrace is {'already running' if ran_before else 'ready'}: {cluster.http}  gRPC {cluster.grpc}")
     for process in cluster.processes:
-        typer.echo(f"  {process.name:<12} pid {process.pid or '-':<8} gRPC {process.grpc}")
+        typer.echo(f"  {process.name:<12} pid {process.pid or '-':<8} gRPC {process.grpc or '-'}")
 
 
 @app.command()
@@ -122,7 +122,7 @@ def status(
     for row in processes:
         life = "alive" if row["alive"] else "dead"
         typer.echo(
-            f"  {row['name']:<12} {life:<6} pid {row['pid'] or '-':<8} {row['grpc']}  restarts {row['restarts']}"
+            f"  {row['name']:<12} {life:<6} pid {row['pid'] or '-':<8} {row['grpc'] or '-'}  restarts {row['restarts']}"
         )
 
 
@@ -186,7 +186,7 @@ def _running(run_dir: Path | None) -> "ClusterState":
 def _pools(run_dir: Path | None) -> dict[str, str]:
     """Return host:port of each process that holds KV blocks, by name."""
     processes = _running(run_dir).processes
-    return {process.name: process.grpc for process in processes if process.role != Role.ROUTER.value}
+    return {each.name: each.grpc for each in processes if each.grpc is not None and each.role != Role.ROUTER.value}
 
 
 def _run_dir(given: Path | None) -> Path:

@@ -18,8 +18,8 @@ class ProcessState:
 
     Attributes:
         name: Unique in the cluster.
-        role: As `headrace serve` takes it.
-        grpc: host:port of its gRPC server.
+        role: As `headrace serve` takes it, or "redis".
+        grpc: host:port of its gRPC server; None for Redis.
         http: Base URL of its HTTP server; None for all but the router.
         pid: Its process; None between a death and the restart.
         started_s: Unix time at which that process started; tells it from a later one of the same id.
@@ -30,7 +30,7 @@ class ProcessState:
 
     name: str
     role: str
-    grpc: str
+    grpc: str | None
     http: str | None
     pid: int | None
     started_s: float | None

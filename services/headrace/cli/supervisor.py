@@ -30,9 +30,14 @@ LAYOUT_FILE = "layout.json"
 GRACE_S = 10.0
 """Time for all services together to drain after SIGTERM; then SIGKILL."""
 
-STAGES = ((("router",), 0.6), (("prefill", "decode", "hybrid"), 0.9), (("kvstore",), 1.0))
+STAGES = (
+    (("router",), 0.55),
+    (("prefill", "decode", "hybrid"), 0.8),
+    (("kvstore",), 0.9),
+    (("redis",), 1.0),
+)
 """Order of the stop and the share of the grace that is spent when each stage ends at the latest: the front
-door closes first, and the store is there until the workers have left."""
+door closes first, the stores are there until the workers have left, and Redis until all have."""
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
@@ -198,7 +203,7 @@ async def supervise(layout: Layout, ports: Ports) -> None:
     def publish(processes: tuple[ProcessState, ...]) -> None:
         cluster = ClusterState(
             http=router.http or "",
-            grpc=router.grpc,
+            grpc=router.grpc or "",
             supervisor=os.getpid(),
             supervisor_started_s=own_start_s,
             processes=processes,
