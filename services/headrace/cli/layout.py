@@ -1,6 +1,9 @@
 """Which services a local cluster has, and the configuration file of each."""
 
+import contextlib
 import importlib.util
+import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000"}
 millisecond), and sleep between steps, when the cores belong to other processes."""
 STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
 """The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
+CACHE_SECRET_FILE = "cache_secret"
 SERVE = (sys.executable, "-m", "headrace.cli.serve")
 
 
@@ -151,7 +155,7 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
     services = []
     for name, content in _contents(layout, grpc, http_port).items():
         file = run_dir / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        _write_private(file, yaml.safe_dump(content, sort_keys=False))
         section = next(iter(content))
         overrides = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
         command = [*layout.program, roles[name], "--config", str(file)]
@@ -181,6 +185,7 @@ def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[s
                 "workers": [grpc[name] for name in workers],
                 "kvstore": grpc["kvstore"],
                 "model": layout.model,
+                "cache_secret": _cache_secret(Path(layout.run_dir)),
             }
         },
         "kvstore": {"kvstore": {"name": "kvstore"} | _bind(grpc["kvstore"])},
@@ -198,6 +203,25 @@ def _contents(layout: Layout, grpc: Mapping[str, str], http_port: int) -> dict[s
             }
         }
     return contents
+
+
+def _cache_secret(run_dir: Path) -> str:
+    """Return the secret of this run directory; its first cluster makes it, for kept blocks are found under it."""
+    file = run_dir / CACHE_SECRET_FILE
+    with contextlib.suppress(FileNotFoundError):
+        kept = file.read_text(encoding="utf-8")
+        if kept:
+            return kept
+    fresh = secrets.token_hex(32)
+    _write_private(file, fresh)
+    return fresh
+
+
+def _write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner may read, also where an older one was open to all."""
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as opened:
+        os.fchmod(opened.fileno(), 0o600)
+        opened.write(text)
 
 
 def _bind(address: str) -> dict[str, object]:
