@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headrace import settings
 from headrace.errors import ConfigError
-from headrace.settings import Loaded, Origin, ServeArgs
+from headrace.settings import Loaded, Origin, Secret, ServeArgs
 
 
 class Precision(Enum):
@@ -204,6 +204,49 @@ def test_the_description_shows_value_and_origin_of_every_option(tmp_path: Path) 
         "worker.lane.timeout_s = 7.0 (default)",
         "worker.lane.is_required = False (default)",
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guarded:
+    key: Secret = Secret("")
+    spare: Secret | None = None
+
+
+def load_guarded(
+    tmp_path: Path, text: str = "", env: Mapping[str, str] | None = None, overrides: Mapping[str, str] | None = None
+) -> Loaded[Guarded]:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return settings.load(Guarded, file=file, section="router", env=env or {}, overrides=overrides or {})
+
+
+def test_a_secret_is_read_from_every_source(tmp_path: Path) -> None:
+    found = [
+        load_guarded(tmp_path, "router: {key: hush}"),
+        load_guarded(tmp_path, env={"HEADRACE_ROUTER_KEY": "hush"}),
+        load_guarded(tmp_path, overrides={"key": "hush", "spare": "hush"}),
+    ]
+    assert [loaded.value.key.reveal() for loaded in found] == ["hush"] * 3
+    assert [loaded.value.spare is None for loaded in found] == [True, True, False]
+
+
+def test_a_secret_is_neither_described_nor_printed(tmp_path: Path) -> None:
+    loaded = load_guarded(tmp_path, "router: {key: hush}")
+    assert [" ".join(line.split()) for line in loaded.describe().splitlines()] == [
+        "router.key = (hidden) (file)",
+        "router.spare = none (default)",
+    ]
+    assert "hush" not in f"{loaded} {loaded.value!r} {loaded.value.key}"
+
+
+def test_an_empty_secret_is_described_as_such(tmp_path: Path) -> None:
+    assert "router.key   = (empty)  (default)" in load_guarded(tmp_path).describe()
+
+
+def test_a_secret_of_the_wrong_type_is_refused_without_showing_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="key wants a text, found int ") as caught:
+        load_guarded(tmp_path, "router: {key: 12345}")
+    assert "12345" not in str(caught.value)
 
 
 def test_serve_args_load_from_all_their_sources(tmp_path: Path) -> None:

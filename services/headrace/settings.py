@@ -56,6 +56,24 @@ class Between:
         return self.least <= value and (self.most is None or value <= self.most)
 
 
+class Secret:
+    """A text that stands in no description, log or error; `reveal` returns it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """Return the text."""
+        return self._text
+
+    def __str__(self) -> str:
+        return "(hidden)" if self._text else "(empty)"
+
+    __repr__ = __str__
+
+
 Port: TypeAlias = Annotated[int, Between(0, 65535)]
 """A port to bind; 0 lets the system choose."""
 
@@ -324,8 +342,9 @@ def _convert(value: object, kind: object, name: str, found: _Found) -> object:
     try:
         return _parse(value, kind) if found.origin is not Origin.FILE else _check(value, kind)
     except _Unfit as error:
+        shown = "" if _unwrap(kind)[0] is Secret else f" {value!r}"
         raise ConfigError(
-            f"{name} wants {error}, found {type(value).__name__} {value!r} ({found.source})", field=name
+            f"{name} wants {error}, found {type(value).__name__}{shown} ({found.source})", field=name
         ) from error
 
 
@@ -382,6 +401,8 @@ def _check(value: object, kind: object) -> object:
         return _member(value, inner)
     if inner is Path and isinstance(value, str) and value:
         return Path(value)
+    if inner is Secret and isinstance(value, str):
+        return Secret(value)
     if inner is float and type(value) is int:
         return float(value)
     if type(value) is not inner or value != value:  # NaN is never meant
@@ -410,6 +431,7 @@ def _named(kind: object) -> str:
         float: "a number",
         bool: "true or false",
         str: "a text",
+        Secret: "a text",
         Path: "a path",
     }
     return names.get(kind, str(kind))

@@ -1,3 +1,4 @@
+import stat
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from headrace.cli import layout
 from headrace.cli.layout import RunConfig
 from headrace.cli.ports import Ports
 from headrace.errors import ConfigError
-from headrace.settings import load
+from headrace.router.config import RouterConfig
+from headrace.settings import Loaded, load
 from headrace.worker.config import WorkerConfig
 
 
@@ -57,6 +59,43 @@ def test_assignments_reach_all_services_of_a_section_or_one_process(tmp_path: Pa
         "prefill-0": ("--set", "threads=2"),
         "decode-0": ("--set", "threads=1"),
     }
+
+
+def router_config(run_dir: Path) -> Loaded[RouterConfig]:
+    return load(RouterConfig, file=run_dir / "router.yaml", section="router", env={}, overrides={})
+
+
+def cache_secret(run_dir: Path) -> str:
+    return router_config(run_dir).value.cache_secret.reveal()
+
+
+def test_the_cache_secret_of_a_run_directory_stays_and_differs_from_others(tmp_path: Path) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    found = []
+    for run_dir in (first, first, other):
+        run_dir.mkdir(exist_ok=True)
+        arrange(run_dir)
+        found.append(cache_secret(run_dir))
+    assert found[0] == found[1] != found[2]
+    assert len(found[0]) == 64
+
+
+def test_nobody_else_may_read_the_files_that_hold_the_cache_secret(tmp_path: Path) -> None:
+    (tmp_path / "router.yaml").touch(0o644)
+    arrange(tmp_path)
+    secret = cache_secret(tmp_path)
+    holders = [path for path in tmp_path.rglob("*") if path.is_file() and secret in path.read_text()]
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in holders} == {
+        "cache_secret": 0o600,
+        "router.yaml": 0o600,
+    }
+    assert secret not in router_config(tmp_path).describe()
+
+
+def test_a_cache_secret_that_was_not_written_to_its_end_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "cache_secret").touch()
+    arrange(tmp_path)
+    assert len(cache_secret(tmp_path)) == 64
 
 
 def test_the_model_of_the_installed_package_is_the_default() -> None:

@@ -49,6 +49,23 @@ async def test_the_choices_of_one_call_are_kept_apart(connect):
     assert [choice.text for choice in got.choices] == ["ab", "xyz"]
 
 
+async def test_a_client_names_its_tenant_and_a_call_its_scope(connect):
+    router = ScriptedRouter(answer("x"))
+    async with serve_router(router) as server:
+        async with connect(server.address, tenant="team-a") as client:
+            await client.generate("hi", cache_scope="public")
+        async with connect(server.address) as client:
+            await client.chat([{"role": "user", "content": "hi"}])
+    assert router.tenants == ["team-a", None]
+    assert [request.cache_scope for request in router.requests] == ["public", ""]
+
+
+async def test_a_client_of_no_possible_tenant_is_refused(connect):
+    with pytest.raises(InvalidRequest, match="x-tenant-id must be"):
+        async with connect("127.0.0.1:1", tenant="a b"):
+            pass
+
+
 async def test_a_chat_carries_its_messages_and_options(connect):
     router = ScriptedRouter(answer("x"))
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]

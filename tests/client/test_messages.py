@@ -28,6 +28,7 @@ GIVEN = {
     "timeout_s": 3.0,
     "request_id": "r",
     "cache_salt": "s",
+    "cache_scope": "tenant",
 }
 
 
@@ -36,8 +37,8 @@ def test_every_option_has_its_place_in_the_message():
     request = text_request("hi", GIVEN)
     sampling = request.sampling
     assert (request.model, list(request.stop), request.num_choices) == ("m", ["a", "b"], 2)
-    assert (request.request_id, request.cache_salt, request.text) == ("r", "s", "hi")
-    for name in GIVEN.keys() - {"model", "stop", "n", "timeout_s", "request_id", "cache_salt"}:
+    assert (request.request_id, request.cache_salt, request.cache_scope, request.text) == ("r", "s", "tenant", "hi")
+    for name in GIVEN.keys() - {"model", "stop", "n", "timeout_s", "request_id", "cache_salt", "cache_scope"}:
         written = getattr(sampling, name)
         expected = GIVEN[name]
         if name == "logit_bias":

@@ -5,16 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.core.tenancy import Tenancy, tenant_key
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
 from headrace.errors import InvalidRequest
 
+TENANCY = Tenancy(secret=b"secret", public_tenants=("open",))
 LIMITS = RequestLimits(model="m", max_context_tokens=100, vocab_size=1000)
 INF, NAN = math.inf, math.nan
 
 
 def build(**fields):
     values = {"request_id": "r", "prompt": [1, 2, 3], "fresh_seed": 7, **fields}
-    return build_request(RequestDraft(**values), LIMITS, now_unix_ms=5_000)
+    return build_request(RequestDraft(**values), LIMITS, TENANCY, now_unix_ms=5_000)
 
 
 def test_what_is_left_open_gets_openai_defaults_and_the_rest_of_the_context():
@@ -22,7 +24,8 @@ def test_what_is_left_open_gets_openai_defaults_and_the_rest_of_the_context():
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, None, 0.0)
     assert (sampling.max_tokens, sampling.seed, sampling.logprobs) == (97, 7, None)
-    assert (request.num_choices, request.stop, request.cache_salt) == (1, (), b"")
+    assert (request.num_choices, request.stop, request.tenant) == (1, (), "default")
+    assert request.cache_key == tenant_key(b"secret", "default", b"")
     assert request.deadline_unix_ms == 605_000
 
 
@@ -41,11 +44,22 @@ def test_given_values_arrive():
         seed=-1,
         timeout_s=0.0015,
         cache_salt="é",
+        tenant="a",
     )
     assert request.sampling.logit_bias == ((3, -100.0), (4, 100.0))
     assert request.sampling.seed == 2**64 - 1
     assert (request.stop, request.num_choices, request.deadline_unix_ms) == (("a", "b" * 256), 16, 5_002)
-    assert request.cache_salt == "é".encode()
+    assert (request.tenant, request.cache_key) == ("a", tenant_key(b"secret", "a", "é".encode()))
+
+
+def test_the_public_scope_has_no_key_and_the_tenants_own_is_the_default():
+    assert build(tenant="open", cache_scope="public").cache_key == b""
+    assert build(tenant="open", cache_scope="tenant") == build(tenant="open")
+
+
+def test_a_tenant_that_may_not_is_refused_the_public_scope():
+    with pytest.raises(InvalidRequest, match="not allowed for tenant a"):
+        build(tenant="a", cache_scope="public")
 
 
 @pytest.mark.parametrize("top_k", [None, 0, -1])
@@ -98,6 +112,7 @@ BAD = [
     ("timeout", -1.0, "above 0"),
     ("timeout", 3601.0, "at most 3600"),
     ("cache_salt", "x" * 257, "at most 256"),
+    ("cache_scope", "mine", "tenant or public"),
     ("request_id", "", "1 to 128"),
     ("request_id", "a\nb", "1 to 128"),
 ]

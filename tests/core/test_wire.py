@@ -61,7 +61,8 @@ SPECS = st.builds(
     sampling=SAMPLING,
     choice=UINT32,
     deadline_unix_ms=UINT64,
-    cache_salt=st.binary(max_size=8),
+    cache_key=st.binary(max_size=8),
+    tenant=st.text(max_size=8),
 )
 PIECES = st.builds(
     Piece,

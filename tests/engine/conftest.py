@@ -64,7 +64,7 @@ class Client:
             sampling=SamplingParams(**sampling),
             choice=choice,
             deadline_unix_ms=self.clock.unix_ms() + int(life_s * 1000),
-            cache_salt=salt,
+            cache_key=salt,
         )
         events = self.events[sequence_id] = []
 

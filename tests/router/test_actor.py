@@ -1,12 +1,14 @@
 """Live requests: admitted or refused, fanned out, merged with their usage, and ended."""
 
 import asyncio
+import dataclasses
 import time
 from contextlib import aclosing
 
 import pytest
 
 from headrace.core.request import FinishReason, GenerationRequest, RequestId, SamplingParams
+from headrace.engine.messages import Open
 from headrace.errors import DeadlineExceeded, Draining, InternalError, NotReady, Saturated, UnknownModel
 from headrace.testing.fleet import open_fleet
 
@@ -57,6 +59,25 @@ async def test_a_prefix_found_again_is_reported_as_cached(tmp_path, roles, promp
         again = await collect(fleet, request(fleet, prompt_of(1, 18)))
         assert (first[-1].usage.cached_tokens, again[-1].usage.cached_tokens) == (0, 16)
         assert tokens_of(first) == tokens_of(again)
+
+
+async def test_a_prefix_is_found_again_under_its_own_key_only(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0"), kvstore=True) as fleet:
+        cached = []
+        for key in (b"a", b"b", b"", b"a", b"b", b""):
+            asked = dataclasses.replace(request(fleet, prompt_of(1, 18)), cache_key=key)
+            cached.append((await collect(fleet, asked))[-1].usage.cached_tokens)
+        assert cached == [0, 0, 0, 16, 16, 16]
+
+
+async def test_a_worker_is_told_the_tenant(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        told = []
+        for worker in fleet.workers.values():
+            send = worker.thread.send
+            worker.thread.send = lambda command, send=send: (told.append(command), send(command))
+        await collect(fleet, dataclasses.replace(request(fleet, prompt_of(1, 18)), tenant="team-a"))
+        assert {command.spec.tenant for command in told if isinstance(command, Open)} == {"team-a"}
 
 
 async def test_a_prefix_from_the_kvstore_gives_the_same_tokens_on_a_worker_that_never_saw_it(

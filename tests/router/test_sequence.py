@@ -45,6 +45,30 @@ async def test_every_mode_gives_the_tokens_of_one_worker(tmp_path, roles, prompt
         assert max(len(batch.items) for worker in fleet.workers.values() for batch in worker.runner.batches) > 1
 
 
+async def test_the_index_is_asked_for_blocks_of_the_sequences_own_key(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0"), kvstore=True) as fleet:
+        asked, match = [], fleet.parts.prefixes.match
+
+        async def noting(hashes):
+            asked.append(tuple(hashes))
+            return await match(hashes)
+
+        fleet.parts.prefixes.match = noting
+        await fleet.tokens(dataclasses.replace(fleet.spec(prompt_of(1, 18)), cache_key=b"a"))
+        assert asked == [fleet.workers["h0"].blocks.hashes(prompt_of(1, 18), b"a")]
+
+
+async def test_workers_offer_the_store_blocks_of_the_sequences_own_key(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0"), kvstore=True) as fleet:
+        offered = []
+        for worker in fleet.workers.values():
+            worker.blocks.store_later = offered.append
+        spec = dataclasses.replace(fleet.spec(prompt_of(1, 18), max_tokens=6), cache_key=b"a")
+        known = (*spec.prompt, *ids(await fleet.tokens(spec)))
+        named = fleet.workers["d0"].blocks.hashes(known, b"a")
+        assert sorted(offered, key=len) == [named[:4], named]
+
+
 async def test_more_sequences_than_blocks_wait_for_each_other(tmp_path, roles, prompt_of):
     prompts = [prompt_of(seed, 30) for seed in range(10)]
     answers = await expected(tmp_path, roles, prompts, max_tokens=20)

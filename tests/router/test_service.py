@@ -7,16 +7,26 @@ from types import SimpleNamespace
 import pytest
 
 from headrace.clock import VirtualClock
+from headrace.core.tenancy import tenant_key
 from headrace.errors import InvalidRequest
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import ServedModel
 from headrace.router.service import RouterServicer
+from headrace.settings import Secret
 from headrace.testing.frontend import ScriptedFrontend, say
 from headrace.testing.text import byte_text_model
 from headrace.text.model import TextModel
 from headrace.v1 import router_pb2
 
-CONTEXT = SimpleNamespace(time_remaining=lambda: 30.0)
+
+def context(*tenants):
+    return SimpleNamespace(
+        time_remaining=lambda: 30.0,
+        invocation_metadata=lambda: (("user-agent", "x"), *(("x-tenant-id", tenant) for tenant in tenants)),
+    )
+
+
+CONTEXT = context()
 NUM_CONTEXT_TOKENS = 10_000
 
 
@@ -26,12 +36,21 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def servicer(text, tmp_path):
+def frontend(text):
     model = ServedModel(name="tiny", max_context_tokens=NUM_CONTEXT_TOKENS, fingerprint="f" * 32, text=text)
-    config = RouterConfig(workers=("127.0.0.1:1",), model=tmp_path, max_body_bytes=1_000_000)
-    return RouterServicer(
-        ScriptedFrontend([model], say("ok")), router_pb2.GetClusterResponse, config, VirtualClock(1000.0)
+    return ScriptedFrontend([model], say("ok"))
+
+
+@pytest.fixture
+def servicer(frontend, tmp_path):
+    config = RouterConfig(
+        workers=("127.0.0.1:1",),
+        model=tmp_path,
+        max_body_bytes=1_000_000,
+        cache_secret=Secret("secret"),
+        public_tenants=("open",),
     )
+    return RouterServicer(frontend, router_pb2.GetClusterResponse, config, VirtualClock(1000.0))
 
 
 @pytest.fixture
@@ -48,8 +67,8 @@ def threads_of_encode(monkeypatch):
     return found
 
 
-async def generate(servicer, **fields):
-    return [answer async for answer in servicer.Generate(router_pb2.GenerateRequest(model="tiny", **fields), CONTEXT)]
+async def generate(servicer, where=CONTEXT, **fields):
+    return [answer async for answer in servicer.Generate(router_pb2.GenerateRequest(model="tiny", **fields), where)]
 
 
 async def test_a_short_prompt_is_tokenized_at_once_and_a_long_one_off_the_loop(servicer, threads_of_encode):
@@ -102,3 +121,30 @@ async def test_other_calls_go_on_while_a_long_prompt_is_tokenized(servicer, monk
     assert not long.done()
     may_end.set()
     assert await long
+
+
+async def test_the_metadata_names_the_tenant(servicer, frontend):
+    await generate(servicer, text="ab")
+    await generate(servicer, context("team-a"), text="ab", cache_salt="s")
+    await generate(servicer, context("open"), text="ab", cache_scope="public")
+    assert [(request.tenant, request.cache_key) for request in frontend.requests] == [
+        ("default", tenant_key(b"secret", "default", b"")),
+        ("team-a", tenant_key(b"secret", "team-a", b"s")),
+        ("open", b""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tenants", "scope", "field"),
+    [
+        (["a b"], "", "x-tenant-id"),
+        ([""], "", "x-tenant-id"),
+        (["a", "b"], "", "x-tenant-id"),
+        (["closed"], "public", "cache_scope"),
+        (["open"], "mine", "cache_scope"),
+    ],
+)
+async def test_a_tenant_or_scope_that_is_not_allowed_is_refused(servicer, frontend, tenants, scope, field):
+    with pytest.raises(InvalidRequest) as caught:
+        await generate(servicer, context(*tenants), text="ab", cache_scope=scope)
+    assert (caught.value.field, frontend.requests) == (field, [])

@@ -3,14 +3,12 @@
 import importlib.util
 import os
 import platform
-import secrets
 import shutil
 from pathlib import Path
 
-from headrace.cli.private_file import write_private
+from headrace.cli.private_file import kept_secret, write_private
 from headrace.errors import ConfigError
 
-PASSWORD_BYTES = 24
 PASSWORD_FILE = "password"
 
 _CONFIG = """\
@@ -40,7 +38,7 @@ def prepare(folder: Path, host: str, port: int) -> tuple[tuple[str, ...], str]:
     program = server_program()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        password = _password(folder / PASSWORD_FILE)
+        password = kept_secret(folder / PASSWORD_FILE)
         config = _CONFIG.format(host=host, port=port, folder=_quoted(folder), password=password)
         write_private(folder / "redis.conf", config)
     except OSError as error:
@@ -68,13 +66,6 @@ def server_program() -> Path:
         "no Redis server for this machine: install Redis or Valkey, or name yours with run.redis_url",
         field="run.redis_url",
     )
-
-
-def _password(file: Path) -> str:
-    """Return the password of earlier starts, or a new one."""
-    if not file.exists():
-        write_private(file, secrets.token_hex(PASSWORD_BYTES))
-    return file.read_text(encoding="ascii").strip()
 
 
 def _quoted(folder: Path) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from headrace.cli import embedded_redis
 from headrace.cli.ports import Ports
-from headrace.cli.private_file import write_private
+from headrace.cli.private_file import kept_secret, write_private
 from headrace.errors import ConfigError
 from headrace.settings import Between, parse_assignments
 from headrace.worker.config import Dtype
@@ -25,6 +25,7 @@ SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "10000"}
 millisecond), and sleep between steps, when the cores belong to other processes."""
 STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
 """The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
+CACHE_SECRET_FILE = "cache_secret"
 SERVE = (sys.executable, "-m", "headrace.cli.serve")
 
 
@@ -206,6 +207,7 @@ def _contents(
                 "workers": [grpc[name] for name in workers],
                 "kvstore": grpc["kvstore"],
                 "model": layout.model,
+                "cache_secret": kept_secret(Path(layout.run_dir) / CACHE_SECRET_FILE),
             }
             | redis
         },

@@ -9,7 +9,15 @@ import grpc.aio
 from headrace.client import messages
 from headrace.client.attempts import Attempts
 from headrace.client.fold import AnswerFold
-from headrace.client.rpc import DEFAULT_ADDRESS, DEFAULT_RETRIES, DEFAULT_TIMEOUT_S, OPTIONS, policy_of, typed_errors
+from headrace.client.rpc import (
+    DEFAULT_ADDRESS,
+    DEFAULT_RETRIES,
+    DEFAULT_TIMEOUT_S,
+    OPTIONS,
+    metadata_of,
+    policy_of,
+    typed_errors,
+)
 from headrace.client.values import Answer, GenerateOptions, MemberInfo, Message, ModelInfo
 from headrace.core.request import Piece
 from headrace.errors import Cancelled, HeadraceError
@@ -33,6 +41,7 @@ class AsyncClient:
         address: host:port of the router's gRPC server.
         timeout_s: Longest time for a call that names none, retries included.
         retries: Most further attempts of a call.
+        tenant: Who asks; the router takes "default" for None.
     """
 
     def __init__(
@@ -41,9 +50,11 @@ class AsyncClient:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retries: int = DEFAULT_RETRIES,
+        tenant: str | None = None,
     ) -> None:
         self._address = address
         self._policy = policy_of(timeout_s, retries)
+        self._metadata = metadata_of(tenant)
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._stub: RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(self._channel)
         self._closed = asyncio.Event()
@@ -103,7 +114,7 @@ class AsyncClient:
 
     def _stream_of(self, request: router_pb2.GenerateRequest, options: GenerateOptions) -> "AsyncStream":
         def begin(timeout_s: float) -> "StreamCall":
-            return self._stub.Generate(request, timeout=timeout_s)
+            return self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
 
         attempts = Attempts(self._policy, options.get("timeout_s"))
         return AsyncStream(self._address, attempts, begin, request.num_choices or 1, self._pause)

@@ -11,7 +11,7 @@ from headrace.v1 import cluster_pb2, generate_pb2, router_pb2
 
 DEFAULT_TEMPERATURE = 1.0
 
-_CALL_OPTIONS = frozenset({"model", "stop", "n", "timeout_s", "request_id", "cache_salt"})
+_CALL_OPTIONS = frozenset({"model", "stop", "n", "timeout_s", "request_id", "cache_salt", "cache_scope"})
 _OPTIONS = frozenset(GenerateOptions.__annotations__)
 _AT_LEAST_ONE = ("max_tokens", "n")
 _RANGES = {

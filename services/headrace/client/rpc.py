@@ -11,6 +11,7 @@ import grpc
 from headrace.client.attempts import CallPolicy
 from headrace.clock import WallClock
 from headrace.core.status import CLIENT_OPTIONS, error_of
+from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.errors import Cancelled, HeadraceError
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -24,6 +25,15 @@ def policy_of(timeout_s: float, retries: int) -> CallPolicy:
     """Return the policy of a client on the machine's clock."""
     jitter = secrets.SystemRandom().random
     return CallPolicy(timeout_s=timeout_s, retries=retries, clock=WallClock(), jitter=jitter)
+
+
+def metadata_of(tenant: str | None) -> tuple[tuple[str, str], ...]:
+    """Return what goes with every request of a tenant.
+
+    Raises:
+        InvalidRequest: it is no name of a tenant.
+    """
+    return () if tenant is None else ((TENANT_HEADER, tenant_of([tenant])),)
 
 
 @contextmanager

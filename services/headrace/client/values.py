@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from headrace.core.request import FinishReason, Token, Usage
 
@@ -37,7 +37,8 @@ class GenerateOptions(TypedDict, total=False):
         n: Number of answers.
         timeout_s: Longest time for the whole call, retries included.
         request_id: Name in logs; the router makes one by default.
-        cache_salt: Secret that separates this caller's cached prefixes.
+        cache_salt: Secret that separates cached prefixes within the tenant.
+        cache_scope: Who may reuse this call's prefix: the "tenant", as by default, or everybody.
     """
 
     model: str | None
@@ -60,6 +61,7 @@ class GenerateOptions(TypedDict, total=False):
     timeout_s: float | None
     request_id: str | None
     cache_salt: str | None
+    cache_scope: Literal["tenant", "public"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

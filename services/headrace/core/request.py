@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
+from headrace.core.tenancy import DEFAULT_TENANT
+
 RequestId = NewType("RequestId", str)
 SequenceId = NewType("SequenceId", str)
 """Unique over the cluster: the request's id and the choice's index."""
@@ -68,7 +70,8 @@ class SequenceSpec:
         sampling: How to choose tokens.
         choice: Index of this choice; part of the random generator's key.
         deadline_unix_ms: Clock end of the request.
-        cache_salt: Separates the blocks of tenants; empty is the public root.
+        cache_key: What `core.tenancy` made of the tenant, for the root of its blocks; empty is the public root.
+        tenant: Whose quotas its blocks count for.
     """
 
     sequence_id: SequenceId
@@ -78,7 +81,8 @@ class SequenceSpec:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0
     deadline_unix_ms: int
-    cache_salt: bytes = b""
+    cache_key: bytes = b""
+    tenant: str = DEFAULT_TENANT
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -115,7 +119,8 @@ class GenerationRequest:
         num_choices: Number of answers.
         stop: Texts that end an answer and are not shown.
         deadline_unix_ms: Clock end of the request.
-        cache_salt: Separates cached prefixes of callers; empty shares.
+        cache_key: As in `SequenceSpec`.
+        tenant: Who asks.
     """
 
     request_id: RequestId
@@ -125,7 +130,8 @@ class GenerationRequest:
     num_choices: int = 1
     stop: tuple[str, ...] = ()
     deadline_unix_ms: int
-    cache_salt: bytes = b""
+    cache_key: bytes = b""
+    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

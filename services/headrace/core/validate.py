@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from headrace.core.request import GenerationRequest, RequestId, SamplingParams
+from headrace.core.tenancy import DEFAULT_TENANT, CacheScope, Tenancy
 from headrace.errors import InvalidRequest
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -59,6 +60,9 @@ class RequestDraft:
         seed: None takes `fresh_seed`; negative seeds are allowed and distinct.
         fresh_seed: 64 random bits drawn by the caller.
         timeout_s: Seconds from now to the deadline.
+        cache_salt: Keeps the blocks apart from others of the tenant.
+        cache_scope: Value of a `CacheScope`.
+        tenant: Checked name of who asks.
         names: What the client calls a field, where that differs from the name here.
     """
 
@@ -84,15 +88,20 @@ class RequestDraft:
     stop: Sequence[str] | None = None
     timeout_s: float | None = None
     cache_salt: str | bytes | None = None
+    cache_scope: str | None = None
+    tenant: str = DEFAULT_TENANT
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_request(draft: RequestDraft, limits: RequestLimits, *, now_unix_ms: int) -> GenerationRequest:
+def build_request(
+    draft: RequestDraft, limits: RequestLimits, tenancy: Tenancy, *, now_unix_ms: int
+) -> GenerationRequest:
     """Return the checked request of a draft.
 
     Args:
         draft: What the client gave.
         limits: What it may ask for.
+        tenancy: Turns tenant, scope and salt into the key of its blocks.
         now_unix_ms: Clock time from which the timeout runs.
 
     Raises:
@@ -114,7 +123,8 @@ def build_request(draft: RequestDraft, limits: RequestLimits, *, now_unix_ms: in
         num_choices=check.integer("n", draft.num_choices, 1, (1, limits.max_choices)),
         stop=stop,
         deadline_unix_ms=now_unix_ms + math.ceil(timeout_s * 1000),
-        cache_salt=_cache_salt(draft, limits, check),
+        cache_key=tenancy.cache_key(draft.tenant, _scope(draft, check), _cache_salt(draft, limits, check)),
+        tenant=draft.tenant,
     )
 
 
@@ -210,6 +220,15 @@ def _stop(draft: RequestDraft, limits: RequestLimits, check: _Checker) -> tuple[
         if not 1 <= len(text) <= limits.max_stop_chars:
             check.refuse("stop", f"texts of 1 to {limits.max_stop_chars} characters", f"one of {len(text)}")
     return stop
+
+
+def _scope(draft: RequestDraft, check: _Checker) -> CacheScope:
+    if draft.cache_scope is None:
+        return CacheScope.TENANT
+    names = [scope.value for scope in CacheScope]
+    if draft.cache_scope not in names:
+        check.refuse("cache_scope", " or ".join(names), "another text")
+    return CacheScope(draft.cache_scope)
 
 
 def _cache_salt(draft: RequestDraft, limits: RequestLimits, check: _Checker) -> bytes:

@@ -76,7 +76,8 @@ def spec_to_proto(spec: SequenceSpec) -> generate_pb2.SequenceSpec:
         sampling=sampling_to_proto(spec.sampling),
         choice=spec.choice,
         deadline_unix_ms=spec.deadline_unix_ms,
-        cache_salt=spec.cache_salt,
+        cache_key=spec.cache_key,
+        tenant=spec.tenant,
     )
 
 
@@ -90,7 +91,8 @@ def spec_from_proto(message: generate_pb2.SequenceSpec) -> SequenceSpec:
         sampling=sampling_from_proto(message.sampling),
         choice=message.choice,
         deadline_unix_ms=message.deadline_unix_ms,
-        cache_salt=message.cache_salt,
+        cache_key=message.cache_key,
+        tenant=message.tenant,
     )
 
 

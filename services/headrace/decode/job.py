@@ -92,5 +92,5 @@ class DecodeJob:
                 yield Tokens(tokens=tokens, cached_tokens=cached_tokens)
                 if tokens[-1].finish is not None:
                     known = (*self._spec.tokens, *answer)
-                    self._parts.blocks.store_later(self._parts.blocks.hashes(known, self._spec.cache_salt))
+                    self._parts.blocks.store_later(self._parts.blocks.hashes(known, self._spec.cache_key))
                     return

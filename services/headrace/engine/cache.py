@@ -1,6 +1,6 @@
 """The engine's blocks: leases of sequences, and the prefixes that stay behind."""
 
-from headrace.core.block import BlockHash, BlockId, blocks_for, chain_hash
+from headrace.core.block import BlockHash, BlockId, block_hashes, blocks_for
 from headrace.core.chained_block import ChainedBlock
 from headrace.core.ledger import BlockLedger, LedgerCounts
 from headrace.engine.messages import CacheChange
@@ -108,7 +108,6 @@ class BlockCache:
         )
 
     def _hash_full_blocks(self, sequence: Sequence) -> None:
-        size = self.block_tokens
-        for index in range(len(sequence.hashes), len(sequence.tokens) // size):
-            parent = sequence.hashes[-1] if sequence.hashes else sequence.root
-            sequence.hashes.append(chain_hash(parent, sequence.tokens[index * size : (index + 1) * size]))
+        parent = sequence.hashes[-1] if sequence.hashes else sequence.root
+        fresh = sequence.tokens[len(sequence.hashes) * self.block_tokens :]
+        sequence.hashes.extend(block_hashes(parent, fresh, self.block_tokens))

@@ -195,7 +195,7 @@ class Engine:
             sink=command.sink,
             arrival=next(self._arrivals),
             deadline_s=self._clock.now() + (spec.deadline_unix_ms - self._clock.unix_ms()) / 1000,
-            root=root_hash(self._config.fingerprint, spec.cache_salt),
+            root=root_hash(self._config.fingerprint, spec.cache_key),
             arrives_whole=command.arrives_whole,
             tokens=list(spec.tokens),
         )

@@ -48,6 +48,8 @@ def run(args: ServeArgs) -> int:
     config = loaded.value
     setup_logs(sys.stderr, name=config.name, role="router")
     logger.info("configuration", extra={"settings": loaded.describe()})
+    if not config.cache_secret.reveal():
+        logger.warning("cache_secret is empty: whoever reaches the stores can compute the keys of tenants")
 
     async def main(lifecycle: Lifecycle) -> None:
         await serve(config, lifecycle)
@@ -128,6 +130,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _web_server(config: RouterConfig, live: LiveRequests, registry: CollectorRegistry, clock: WallClock) -> "_Web":
     settings = HttpSettings(
+        tenancy=config.tenancy(),
         max_body_bytes=config.max_body_bytes,
         default_timeout_s=config.default_timeout_s,
         max_timeout_s=config.max_timeout_s,

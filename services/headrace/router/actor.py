@@ -169,7 +169,8 @@ class LiveRequests:
             sampling=request.sampling,
             choice=choice,
             deadline_unix_ms=request.deadline_unix_ms,
-            cache_salt=request.cache_salt,
+            cache_key=request.cache_key,
+            tenant=request.tenant,
         )
         text = ChoiceText(choice, model.text, request.stop)
         run = SequenceRun(self._parts, spec, model.fingerprint, self._block_tokens)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.settings import Count, Port
+from headrace.core.tenancy import ALL_TENANTS, Tenancy
+from headrace.settings import Count, Port, Secret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,9 @@ class RouterConfig:
         first_report_timeout_s: How long a worker may stay silent before it counts as dead.
         canary_interval_s: Longest age of the last answered token before readiness is proven anew.
         max_body_bytes: Largest HTTP body or gRPC request.
+        cache_secret: Keys of tenants' blocks are made from it, so the routers of a cluster need the same one; when it
+            is empty, whoever reaches the stores can compute them.
+        public_tenants: Tenants whose requests may share prefixes with everybody (`cache_scope: public`); `*` is all.
         exit_with_parent: End when the process that started this one ends.
     """
 
@@ -46,4 +50,10 @@ class RouterConfig:
     first_report_timeout_s: float = 2.0
     canary_interval_s: float = 15.0
     max_body_bytes: Count = 8 << 20
+    cache_secret: Secret = Secret("")
+    public_tenants: tuple[str, ...] = (ALL_TENANTS,)
     exit_with_parent: bool = False
+
+    def tenancy(self) -> Tenancy:
+        """Return the rules about tenants."""
+        return Tenancy(secret=self.cache_secret.reveal().encode(), public_tenants=self.public_tenants)

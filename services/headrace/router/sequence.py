@@ -85,7 +85,7 @@ class SequenceRun:
         self._output: list[int] = list(spec.output)
         self._hashes: tuple[BlockHash, ...] = ()
         if parts.prefixes is not None:
-            self._hashes = block_hashes(root_hash(fingerprint, spec.cache_salt), spec.prompt, block_tokens)
+            self._hashes = block_hashes(root_hash(fingerprint, spec.cache_key), spec.prompt, block_tokens)
         self._block_tokens = block_tokens
         self._excluded: set[str] = set()
         self._full: set[str] = set()

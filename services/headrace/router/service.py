@@ -7,7 +7,7 @@ from contextlib import aclosing
 import grpc.aio
 
 from headrace.clock import Clock
-from headrace.core.request import GenerationRequest
+from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
 from headrace.core.wire import piece_to_proto
 from headrace.errors import InvalidRequest
@@ -45,8 +45,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """Stream the answer; cancelling the call stops all its work."""
         self._refuse_large(request.ByteSize())
         model = self._frontend.model(request.model)
+        tenant = _tenant(context)
         prompt = await _prompt_tokens(model, request, self._limits(model))
-        checked = self._checked(request, prompt, model, context.time_remaining())
+        draft = self._draft(request, prompt, tenant, context.time_remaining())
+        checked = build_request(draft, self._limits(model), self._config.tenancy(), now_unix_ms=self._clock.unix_ms())
         async with aclosing(self._frontend.submit(checked)) as pieces:
             name = model.name
             async for piece in pieces:
@@ -109,15 +111,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def _limits(self, model: ServedModel) -> RequestLimits:
         return model.limits(self._config.default_timeout_s, self._config.max_timeout_s)
 
-    def _checked(
-        self,
-        request: router_pb2.GenerateRequest,
-        prompt: list[int],
-        model: ServedModel,
-        timeout_s: float | None,
-    ) -> GenerationRequest:
+    def _draft(
+        self, request: router_pb2.GenerateRequest, prompt: list[int], tenant: str, timeout_s: float | None
+    ) -> RequestDraft:
         sampling = request.sampling
-        draft = RequestDraft(
+        return RequestDraft(
             request_id=request.request_id or "gen-" + secrets.token_hex(12),
             prompt=prompt,
             fresh_seed=secrets.randbits(64),
@@ -139,8 +137,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             stop=tuple(request.stop),
             timeout_s=None if timeout_s is None else min(timeout_s, self._config.max_timeout_s),
             cache_salt=request.cache_salt or None,
+            cache_scope=request.cache_scope or None,
+            tenant=tenant,
         )
-        return build_request(draft, self._limits(model), now_unix_ms=self._clock.unix_ms())
+
+
+def _tenant(context: "grpc.aio.ServicerContext[object, object]") -> str:
+    metadata = context.invocation_metadata() or ()
+    return tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
 
 
 async def _prompt_tokens(model: ServedModel, request: router_pb2.GenerateRequest, limits: RequestLimits) -> list[int]:

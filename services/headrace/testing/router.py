@@ -9,6 +9,7 @@ from typing import TypeAlias
 import grpc.aio
 
 from headrace.core.request import FinishReason, Piece, Token, Usage
+from headrace.core.tenancy import TENANT_HEADER
 from headrace.core.wire import piece_to_proto
 from headrace.errors import HeadraceError
 from headrace.runtime.server import GrpcServer
@@ -48,6 +49,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
     Attributes:
         requests: Every Generate request, in order.
         remaining_s: Time each call had left when it arrived.
+        tenants: What each call said that its tenant is.
         arrived: Set when a Generate call arrived.
         num_left: Calls whose caller left before the end.
         left: Set when a caller left.
@@ -56,6 +58,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, *scripts: Script) -> None:
         self.requests: list[router_pb2.GenerateRequest] = []
         self.remaining_s: list[float] = []
+        self.tenants: list[object] = []
         self.arrived = asyncio.Event()
         self.num_left = 0
         self.left = asyncio.Event()
@@ -68,6 +71,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServiceServicer):
         script = self._scripts[min(len(self.requests), len(self._scripts) - 1)]
         self.requests.append(request)
         self.remaining_s.append(_remaining_s(context))
+        self.tenants.append(dict(context.invocation_metadata() or ()).get(TENANT_HEADER))
         self.arrived.set()
         try:
             for index, step in enumerate(script):

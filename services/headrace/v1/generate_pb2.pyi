@@ -243,7 +243,8 @@ class SequenceSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
-    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CACHE_KEY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Unique over the cluster: the request's id and the choice's index."""
     model: _builtins.str
@@ -252,8 +253,10 @@ class SequenceSpec(_message.Message):
     """Index of this choice; part of the key of the random generator."""
     deadline_unix_ms: _builtins.int
     """Clock end of the request, milliseconds since the Unix epoch; immutable."""
-    cache_salt: _builtins.bytes
-    """Key under which the tenant's blocks are hashed; empty is the public root."""
+    cache_key: _builtins.bytes
+    """What the root of the sequence's block hashes mixes in, derived from the tenant; empty is the public root."""
+    tenant: _builtins.str
+    """Whose quotas its blocks count for."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt tokens; immutable."""
@@ -276,11 +279,12 @@ class SequenceSpec(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         choice: _builtins.int = ...,
         deadline_unix_ms: _builtins.int = ...,
-        cache_salt: _builtins.bytes = ...,
+        cache_key: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "choice", b"choice", "deadline_unix_ms", b"deadline_unix_ms", "model", b"model", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_key", b"cache_key", "choice", b"choice", "deadline_unix_ms", b"deadline_unix_ms", "model", b"model", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

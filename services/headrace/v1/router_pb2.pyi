@@ -109,6 +109,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CACHE_SCOPE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty takes the only one served."""
     text: _builtins.str
@@ -118,7 +119,9 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Name of the request in logs and traces, unique; the router makes one when empty."""
     cache_salt: _builtins.str
-    """Secret that separates this caller's cached prefixes; empty shares."""
+    """Secret that separates cached prefixes within the tenant, which the metadata x-tenant-id names; empty shares."""
+    cache_scope: _builtins.str
+    """Who may reuse the request's blocks: "tenant" or, where the router allows it, "public"; empty is "tenant"."""
     @_builtins.property
     def tokens(self) -> Global___TokenPrompt:
         """Tokens."""
@@ -147,10 +150,11 @@ class GenerateRequest(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
+        cache_scope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "cache_scope", b"cache_scope", "chat", b"chat", "model", b"model", "num_choices", b"num_choices", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

@@ -68,9 +68,9 @@ class BlockExchange:
         self._changed = asyncio.Event()
         self.num_dropped_stores = 0
 
-    def hashes(self, tokens: Sequence[int], cache_salt: bytes) -> tuple[BlockHash, ...]:
+    def hashes(self, tokens: Sequence[int], cache_key: bytes) -> tuple[BlockHash, ...]:
         """Return the hashes of the full blocks of `tokens`."""
-        return block_hashes(root_hash(self._fingerprint, cache_salt), tokens, self._block_tokens)
+        return block_hashes(root_hash(self._fingerprint, cache_key), tokens, self._block_tokens)
 
     async def fetch(self, sequence: OpenSequence) -> int:
         """Fill the sequence's blocks after the local hit from the kvstore.

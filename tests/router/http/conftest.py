@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from headrace.clock import VirtualClock
+from headrace.core.tenancy import Tenancy
 from headrace.router.frontend import ServedModel
 from headrace.router.http.app import create_app
 from headrace.router.http.context import HttpSettings
@@ -41,7 +42,9 @@ def frontend(text: TextModel) -> ScriptedFrontend:
 
 @pytest.fixture
 def settings() -> HttpSettings:
-    return HttpSettings(max_body_bytes=20_000, max_prompts=4)
+    return HttpSettings(
+        max_body_bytes=20_000, max_prompts=4, tenancy=Tenancy(secret=b"secret", public_tenants=("open",))
+    )
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from headrace.core.request import FinishReason, Piece, Usage
+from headrace.core.tenancy import tenant_key
 from headrace.errors import InternalError, PeerFailed
 from headrace.testing.frontend import say
 
@@ -146,7 +147,8 @@ async def test_options_arrive_at_the_frontend(http, frontend):
     assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, 1, -1)
     assert (sampling.logit_bias, sampling.max_tokens, sampling.min_tokens) == (((5, 2.0),), 7, 2)
     assert (sampling.stop_token_ids, sampling.ignore_eos, sampling.seed) == ((9,), True, 42)
-    assert (request.stop, request.cache_salt, request.deadline_unix_ms) == (("END",), b"s", 1_002_500)
+    assert (request.stop, request.deadline_unix_ms) == (("END",), 1_002_500)
+    assert (request.tenant, request.cache_key) == ("default", tenant_key(b"secret", "default", b"s"))
 
 
 async def test_the_shorter_of_two_timeouts_counts(http, frontend):

@@ -64,6 +64,7 @@ class SamplingBody(_Strict, kw_only=True, frozen=True):
     seed: int | None = None
     timeout: float | None = None
     cache_salt: str | None = None
+    cache_scope: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: Any = None

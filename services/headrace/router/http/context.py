@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.clock import Clock
+from headrace.core.tenancy import Tenancy
 from headrace.core.validate import RequestLimits
 from headrace.router.frontend import Frontend, ServedModel
 from headrace.router.tokens import INLINE_CHARS
@@ -14,6 +15,7 @@ class HttpSettings:
     """Bounds of the HTTP front.
 
     Attributes:
+        tenancy: Rules about tenants.
         max_body_bytes: Larger request bodies are refused with 413 while they are read.
         max_prompts: Most prompts in one completions request.
         inline_chars: Longer texts are tokenized off the event loop.
@@ -21,6 +23,7 @@ class HttpSettings:
         max_timeout_s: Longest deadline a request may name.
     """
 
+    tenancy: Tenancy
     max_body_bytes: int = 8 * 1024 * 1024
     max_prompts: int = 32
     # 8,000 characters take about 2 ms to tokenize (2 cores, 2026-11-21).

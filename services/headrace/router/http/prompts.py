@@ -6,6 +6,7 @@ from dataclasses import replace
 from starlette.requests import Request
 
 from headrace.core.request import GenerationRequest
+from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.validate import RequestDraft, build_request
 from headrace.errors import InvalidRequest
 from headrace.router.frontend import ServedModel
@@ -102,7 +103,7 @@ def request_draft(body: SamplingBody, request: Request, context: HttpContext) ->
     """Return the fields that chat and completions share, still without a prompt.
 
     Raises:
-        InvalidRequest: the timeout header is not a number.
+        InvalidRequest: the timeout header is not a number, or the tenant's no name.
     """
     return RequestDraft(
         request_id=internal_id(request),
@@ -125,6 +126,8 @@ def request_draft(body: SamplingBody, request: Request, context: HttpContext) ->
         stop=[body.stop] if isinstance(body.stop, str) else body.stop,
         timeout_s=timeout_s(body, request),
         cache_salt=body.cache_salt,
+        cache_scope=body.cache_scope,
+        tenant=tenant_of(request.headers.getlist(TENANT_HEADER)),
     )
 
 
@@ -136,9 +139,9 @@ def generation_requests(
     Raises:
         InvalidRequest: a value is out of range.
     """
-    limits, now_unix_ms = context.limits(model), context.clock.unix_ms()
+    limits, tenancy, now_unix_ms = context.limits(model), context.settings.tenancy, context.clock.unix_ms()
     drafts = [replace(draft, prompt=prompts[0])] if len(prompts) == 1 else _numbered(draft, prompts, context)
-    return tuple(build_request(each, limits, now_unix_ms=now_unix_ms) for each in drafts)
+    return tuple(build_request(each, limits, tenancy, now_unix_ms=now_unix_ms) for each in drafts)
 
 
 def _numbered(draft: RequestDraft, prompts: Sequence[Sequence[int]], context: HttpContext) -> list[RequestDraft]:
