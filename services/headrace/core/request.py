@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
+from headrace.core.placement import Tier
 from headrace.core.tenancy import DEFAULT_TENANT
 
 RequestId = NewType("RequestId", str)
@@ -59,6 +60,25 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrefix:
+    """A stretch of a prompt's blocks that somebody holds, by the word of the index.
+
+    Attributes:
+        location: Name of the worker or kvstore.
+        address: host:port of its gRPC server.
+        tier: The slowest of these blocks.
+        start: First block.
+        end: Block after the last.
+    """
+
+    location: str
+    address: str
+    tier: Tier
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec:
     """One choice of one request: tokens in, tokens out.
 
@@ -72,6 +92,7 @@ class SequenceSpec:
         deadline_unix_ms: Clock end of the request.
         cache_key: What `core.tenancy` made of the tenant, for the root of its blocks; empty is the public root.
         tenant: Whose quotas its blocks count for.
+        sources: Where blocks of the prompt can be fetched: a hint of the router, which may be out of date.
     """
 
     sequence_id: SequenceId
@@ -83,6 +104,7 @@ class SequenceSpec:
     deadline_unix_ms: int
     cache_key: bytes = b""
     tenant: str = DEFAULT_TENANT
+    sources: tuple[CachedPrefix, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -8,7 +8,17 @@ import math
 
 from headrace.core.block import KvLayout
 from headrace.core.ledger import Holder
-from headrace.core.request import FinishReason, Piece, SamplingParams, SequenceId, SequenceSpec, Token, Usage
+from headrace.core.placement import Tier
+from headrace.core.request import (
+    CachedPrefix,
+    FinishReason,
+    Piece,
+    SamplingParams,
+    SequenceId,
+    SequenceSpec,
+    Token,
+    Usage,
+)
 from headrace.errors import HeadraceError, InternalError, PeerMismatch, by_code
 from headrace.v1 import block_pb2, errors_pb2, generate_pb2, pool_pb2, router_pb2
 
@@ -77,6 +87,7 @@ def spec_to_proto(spec: SequenceSpec) -> generate_pb2.SequenceSpec:
         choice=spec.choice,
         deadline_unix_ms=spec.deadline_unix_ms,
         cache_key=spec.cache_key,
+        sources=map(_source_to_proto, spec.sources),
         tenant=spec.tenant,
     )
 
@@ -92,6 +103,7 @@ def spec_from_proto(message: generate_pb2.SequenceSpec) -> SequenceSpec:
         choice=message.choice,
         deadline_unix_ms=message.deadline_unix_ms,
         cache_key=message.cache_key,
+        sources=tuple(source for each in message.sources if (source := _source_from_proto(each)) is not None),
         tenant=message.tenant,
     )
 
@@ -261,3 +273,26 @@ def holder_to_proto(holder: Holder, now_s: float) -> pool_pb2.LeaseReport:
     if holder.deadline_s is not None and holder.deadline_s < float("inf"):
         report.remaining_ms = max(0, int((holder.deadline_s - now_s) * 1000))
     return report
+
+
+def _source_to_proto(source: CachedPrefix) -> generate_pb2.CachedPrefix:
+    return generate_pb2.CachedPrefix(
+        location=source.location,
+        address=source.address,
+        tier=block_pb2.Tier.ValueType(source.tier),
+        start_block=source.start,
+        end_block=source.end,
+    )
+
+
+def _source_from_proto(message: generate_pb2.CachedPrefix) -> CachedPrefix | None:
+    """Read a source; one in a tier that this version does not know is no source."""
+    if message.tier not in set(Tier):
+        return None
+    return CachedPrefix(
+        location=message.location,
+        address=message.address,
+        tier=Tier(message.tier),
+        start=message.start_block,
+        end=message.end_block,
+    )

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import block_pb2 as headrace_dot_v1_dot_block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/cluster.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\"\xd5\x01\n\x10HandshakeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.headrace.v1.Role\x12\r\n\x05\x65poch\x18\x05 \x01(\t\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.headrace.v1.TransferPool\x12%\n\x06layout\x18\x07 \x01(\x0b\x32\x15.headrace.v1.KvLayout\"\x81\x02\n\x11HandshakeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.headrace.v1.Role\x12\r\n\x05\x65poch\x18\x05 \x01(\t\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.headrace.v1.TransferPool\x12%\n\x06layout\x18\x07 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\r\n\x05model\x18\x08 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\x97\x03\n\nLoadReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x05 \x01(\x04\x12)\n\x06ledger\x18\x06 \x01(\x0b\x32\x19.headrace.v1.LedgerReport\x12\x15\n\rnum_transfers\x18\x07 \x01(\r\x12\x11\n\tnum_tasks\x18\x08 \x01(\r\x12\x0f\n\x07num_fds\x18\t \x01(\r\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x10\n\x08is_ready\x18\x0b \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x0c \x01(\t\x12\x13\n\x0bis_draining\x18\r \x01(\x08\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x0f \x01(\x04\x12\x19\n\x11transferred_bytes\x18\x10 \x01(\x04\x12#\n\x04\x63ost\x18\x11 \x01(\x0b\x32\x15.headrace.v1.StepCost\"~\n\x08StepCost\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x10\n\x08prompt_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x0e\n\x06pair_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x11\n\tcontext_s\x18\x06 \x01(\x01\x12\n\n\x02r2\x18\x07 \x01(\x01\"_\n\x0cLedgerReport\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06leased\x18\x04 \x01(\r\x12\x12\n\nnum_leases\x18\x05 \x01(\r\":\n\x11WatchLoadResponse\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.headrace.v1.LoadReport\" \n\x0c\x44rainRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"/\n\x17MeasureTransportRequest\x12\x14\n\x0cpeer_address\x18\x01 \x01(\t\"\x84\x01\n\x18MeasureTransportResponse\x12\x11\n\tpeer_name\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x19\n\x11write_bytes_per_s\x18\x03 \x01(\x01\x12\x18\n\x10read_bytes_per_s\x18\x04 \x01(\x01\x12\x12\n\nlatency_us\x18\x05 \x01(\x01*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_ROUTER\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x12\x0f\n\x0bROLE_HYBRID\x10\x04\x12\x10\n\x0cROLE_KVSTORE\x10\x05\x32\xcb\x02\n\x0e\x43lusterService\x12J\n\tHandshake\x12\x1d.headrace.v1.HandshakeRequest\x1a\x1e.headrace.v1.HandshakeResponse\x12L\n\tWatchLoad\x12\x1d.headrace.v1.WatchLoadRequest\x1a\x1e.headrace.v1.WatchLoadResponse0\x01\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponse\x12_\n\x10MeasureTransport\x12$.headrace.v1.MeasureTransportRequest\x1a%.headrace.v1.MeasureTransportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/cluster.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\"\xd5\x01\n\x10HandshakeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.headrace.v1.Role\x12\r\n\x05\x65poch\x18\x05 \x01(\t\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.headrace.v1.TransferPool\x12%\n\x06layout\x18\x07 \x01(\x0b\x32\x15.headrace.v1.KvLayout\"\x81\x02\n\x11HandshakeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.headrace.v1.Role\x12\r\n\x05\x65poch\x18\x05 \x01(\t\x12\'\n\x04pool\x18\x06 \x01(\x0b\x32\x19.headrace.v1.TransferPool\x12%\n\x06layout\x18\x07 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\r\n\x05model\x18\x08 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"\xe9\x03\n\nLoadReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x05 \x01(\x04\x12)\n\x06ledger\x18\x06 \x01(\x0b\x32\x19.headrace.v1.LedgerReport\x12\x15\n\rnum_transfers\x18\x07 \x01(\r\x12\x11\n\tnum_tasks\x18\x08 \x01(\r\x12\x0f\n\x07num_fds\x18\t \x01(\r\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x10\n\x08is_ready\x18\x0b \x01(\x08\x12\x18\n\x10not_ready_reason\x18\x0c \x01(\t\x12\x13\n\x0bis_draining\x18\r \x01(\x08\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x04\x12\x17\n\x0f\x63omputed_tokens\x18\x0f \x01(\x04\x12\x19\n\x11transferred_bytes\x18\x10 \x01(\x04\x12#\n\x04\x63ost\x18\x11 \x01(\x0b\x32\x15.headrace.v1.StepCost\x12\'\n\x05reuse\x18\x12 \x01(\x0b\x32\x18.headrace.v1.ReuseReport\x12\'\n\x05store\x18\x13 \x01(\x0b\x32\x18.headrace.v1.StoreReport\"\xfa\x01\n\x0bReuseReport\x12\x14\n\x0clocal_tokens\x18\x01 \x01(\x04\x12\x13\n\x0bpeer_tokens\x18\x02 \x01(\x04\x12\x13\n\x0b\x64ram_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x64isk_tokens\x18\x04 \x01(\x04\x12\x17\n\x0f\x64\x65\x63lined_tokens\x18\x05 \x01(\x04\x12\x15\n\rnum_regretted\x18\x06 \x01(\x04\x12\x13\n\x0bregretted_s\x18\x07 \x01(\x01\x12\x1a\n\x12num_corrupt_blocks\x18\x08 \x01(\x04\x12\x19\n\x11num_stored_blocks\x18\t \x01(\x04\x12\x1a\n\x12num_dropped_blocks\x18\n \x01(\x04\"\x92\x03\n\x0bStoreReport\x12\x12\n\ndram_bytes\x18\x01 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x04\x12\x1b\n\x13\x64isk_capacity_bytes\x18\x03 \x01(\x04\x12\x18\n\x10num_asked_blocks\x18\x04 \x01(\x04\x12\x16\n\x0enum_hit_blocks\x18\x05 \x01(\x04\x12\x1b\n\x13num_disk_hit_blocks\x18\x06 \x01(\x04\x12\x1a\n\x12num_evicted_blocks\x18\x07 \x01(\x04\x12\x1f\n\x17num_disk_evicted_blocks\x18\x08 \x01(\x04\x12\x1f\n\x17num_disk_written_blocks\x18\t \x01(\x04\x12\x1e\n\x16num_disk_failed_blocks\x18\n \x01(\x04\x12\x1e\n\x16num_quarantined_blocks\x18\x0b \x01(\x04\x12\x19\n\x11num_forged_blocks\x18\x0c \x01(\x04\x12\x1b\n\x13num_over_quota_puts\x18\r \x01(\x04\x12\x19\n\x11num_handed_blocks\x18\x0e \x01(\x04\"~\n\x08StepCost\x12\x0e\n\x06step_s\x18\x01 \x01(\x01\x12\x10\n\x08prompt_s\x18\x02 \x01(\x01\x12\x0f\n\x07token_s\x18\x03 \x01(\x01\x12\x0e\n\x06pair_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\x12\x11\n\tcontext_s\x18\x06 \x01(\x01\x12\n\n\x02r2\x18\x07 \x01(\x01\"_\n\x0cLedgerReport\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\r\x12\x0e\n\x06leased\x18\x04 \x01(\r\x12\x12\n\nnum_leases\x18\x05 \x01(\r\":\n\x11WatchLoadResponse\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.headrace.v1.LoadReport\" \n\x0c\x44rainRequest\x12\x10\n\x08grace_ms\x18\x01 \x01(\r\"$\n\rDrainResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\"/\n\x17MeasureTransportRequest\x12\x14\n\x0cpeer_address\x18\x01 \x01(\t\"\x84\x01\n\x18MeasureTransportResponse\x12\x11\n\tpeer_name\x18\x01 \x01(\t\x12\x0c\n\x04lane\x18\x02 \x01(\t\x12\x19\n\x11write_bytes_per_s\x18\x03 \x01(\x01\x12\x18\n\x10read_bytes_per_s\x18\x04 \x01(\x01\x12\x12\n\nlatency_us\x18\x05 \x01(\x01*s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_ROUTER\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x12\x0f\n\x0bROLE_HYBRID\x10\x04\x12\x10\n\x0cROLE_KVSTORE\x10\x05\x32\xcb\x02\n\x0e\x43lusterService\x12J\n\tHandshake\x12\x1d.headrace.v1.HandshakeRequest\x1a\x1e.headrace.v1.HandshakeResponse\x12L\n\tWatchLoad\x12\x1d.headrace.v1.WatchLoadRequest\x1a\x1e.headrace.v1.WatchLoadResponse0\x01\x12>\n\x05\x44rain\x12\x19.headrace.v1.DrainRequest\x1a\x1a.headrace.v1.DrainResponse\x12_\n\x10MeasureTransport\x12$.headrace.v1.MeasureTransportRequest\x1a%.headrace.v1.MeasureTransportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1535
-  _globals['_ROLE']._serialized_end=1650
+  _globals['_ROLE']._serialized_start=2275
+  _globals['_ROLE']._serialized_end=2390
   _globals['_HANDSHAKEREQUEST']._serialized_start=68
   _globals['_HANDSHAKEREQUEST']._serialized_end=281
   _globals['_HANDSHAKERESPONSE']._serialized_start=284
@@ -41,21 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHLOADREQUEST']._serialized_start=543
   _globals['_WATCHLOADREQUEST']._serialized_end=582
   _globals['_LOADREPORT']._serialized_start=585
-  _globals['_LOADREPORT']._serialized_end=992
-  _globals['_STEPCOST']._serialized_start=994
-  _globals['_STEPCOST']._serialized_end=1120
-  _globals['_LEDGERREPORT']._serialized_start=1122
-  _globals['_LEDGERREPORT']._serialized_end=1217
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1219
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1277
-  _globals['_DRAINREQUEST']._serialized_start=1279
-  _globals['_DRAINREQUEST']._serialized_end=1311
-  _globals['_DRAINRESPONSE']._serialized_start=1313
-  _globals['_DRAINRESPONSE']._serialized_end=1349
-  _globals['_MEASURETRANSPORTREQUEST']._serialized_start=1351
-  _globals['_MEASURETRANSPORTREQUEST']._serialized_end=1398
-  _globals['_MEASURETRANSPORTRESPONSE']._serialized_start=1401
-  _globals['_MEASURETRANSPORTRESPONSE']._serialized_end=1533
-  _globals['_CLUSTERSERVICE']._serialized_start=1653
-  _globals['_CLUSTERSERVICE']._serialized_end=1984
+  _globals['_LOADREPORT']._serialized_end=1074
+  _globals['_REUSEREPORT']._serialized_start=1077
+  _globals['_REUSEREPORT']._serialized_end=1327
+  _globals['_STOREREPORT']._serialized_start=1330
+  _globals['_STOREREPORT']._serialized_end=1732
+  _globals['_STEPCOST']._serialized_start=1734
+  _globals['_STEPCOST']._serialized_end=1860
+  _globals['_LEDGERREPORT']._serialized_start=1862
+  _globals['_LEDGERREPORT']._serialized_end=1957
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1959
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2017
+  _globals['_DRAINREQUEST']._serialized_start=2019
+  _globals['_DRAINREQUEST']._serialized_end=2051
+  _globals['_DRAINRESPONSE']._serialized_start=2053
+  _globals['_DRAINRESPONSE']._serialized_end=2089
+  _globals['_MEASURETRANSPORTREQUEST']._serialized_start=2091
+  _globals['_MEASURETRANSPORTREQUEST']._serialized_end=2138
+  _globals['_MEASURETRANSPORTRESPONSE']._serialized_start=2141
+  _globals['_MEASURETRANSPORTRESPONSE']._serialized_end=2273
+  _globals['_CLUSTERSERVICE']._serialized_start=2393
+  _globals['_CLUSTERSERVICE']._serialized_end=2724
 # @@protoc_insertion_point(module_scope)

@@ -211,6 +211,8 @@ class LoadReport(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     TRANSFERRED_BYTES_FIELD_NUMBER: _builtins.int
     COST_FIELD_NUMBER: _builtins.int
+    REUSE_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the process."""
     epoch: _builtins.str
@@ -249,6 +251,14 @@ class LoadReport(_message.Message):
     def cost(self) -> Global___StepCost:
         """What its steps cost; absent when that was not measured."""
 
+    @_builtins.property
+    def reuse(self) -> Global___ReuseReport:
+        """What a worker reused and fetched; absent for others."""
+
+    @_builtins.property
+    def store(self) -> Global___StoreReport:
+        """What a kvstore keeps; absent for others."""
+
     def __init__(
         self,
         *,
@@ -269,14 +279,152 @@ class LoadReport(_message.Message):
         computed_tokens: _builtins.int = ...,
         transferred_bytes: _builtins.int = ...,
         cost: Global___StepCost | None = ...,
+        reuse: Global___ReuseReport | None = ...,
+        store: Global___StoreReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "ledger", b"ledger", "reuse", b"reuse", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "cost", b"cost", "epoch", b"epoch", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "cost", b"cost", "epoch", b"epoch", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "reuse", b"reuse", "store", b"store", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class ReuseReport(_message.Message):
+    """A worker's prompts: what was reused, from where, and what that choice cost. All since
+    its start.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCAL_TOKENS_FIELD_NUMBER: _builtins.int
+    PEER_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAM_TOKENS_FIELD_NUMBER: _builtins.int
+    DISK_TOKENS_FIELD_NUMBER: _builtins.int
+    DECLINED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_REGRETTED_FIELD_NUMBER: _builtins.int
+    REGRETTED_S_FIELD_NUMBER: _builtins.int
+    NUM_CORRUPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_STORED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DROPPED_BLOCKS_FIELD_NUMBER: _builtins.int
+    local_tokens: _builtins.int
+    """Prompt tokens found in the own cache."""
+    peer_tokens: _builtins.int
+    """Prompt tokens read from other workers."""
+    dram_tokens: _builtins.int
+    """Prompt tokens read from memory of kvstores."""
+    disk_tokens: _builtins.int
+    """Prompt tokens read from disk of kvstores."""
+    declined_tokens: _builtins.int
+    """Prompt tokens that somebody held and that were computed because that was expected
+    to be faster.
+    """
+    num_regretted: _builtins.int
+    """Fetches that took longer than computing would have."""
+    regretted_s: _builtins.float
+    """Seconds by which they did."""
+    num_corrupt_blocks: _builtins.int
+    """Fetched blocks whose bytes differed from their digest."""
+    num_stored_blocks: _builtins.int
+    """Blocks put into kvstores."""
+    num_dropped_blocks: _builtins.int
+    """Blocks not put because too many waited."""
+    def __init__(
+        self,
+        *,
+        local_tokens: _builtins.int = ...,
+        peer_tokens: _builtins.int = ...,
+        dram_tokens: _builtins.int = ...,
+        disk_tokens: _builtins.int = ...,
+        declined_tokens: _builtins.int = ...,
+        num_regretted: _builtins.int = ...,
+        regretted_s: _builtins.float = ...,
+        num_corrupt_blocks: _builtins.int = ...,
+        num_stored_blocks: _builtins.int = ...,
+        num_dropped_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declined_tokens", b"declined_tokens", "disk_tokens", b"disk_tokens", "dram_tokens", b"dram_tokens", "local_tokens", b"local_tokens", "num_corrupt_blocks", b"num_corrupt_blocks", "num_dropped_blocks", b"num_dropped_blocks", "num_regretted", b"num_regretted", "num_stored_blocks", b"num_stored_blocks", "peer_tokens", b"peer_tokens", "regretted_s", b"regretted_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReuseReport: _TypeAlias = ReuseReport  # noqa: Y015
+
+@_typing.final
+class StoreReport(_message.Message):
+    """What a kvstore keeps and gave. Counts are since its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAM_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_ASKED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_HIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DISK_HIT_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DISK_EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DISK_WRITTEN_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_DISK_FAILED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_FORGED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_OVER_QUOTA_PUTS_FIELD_NUMBER: _builtins.int
+    NUM_HANDED_BLOCKS_FIELD_NUMBER: _builtins.int
+    dram_bytes: _builtins.int
+    """Bytes of named blocks in memory."""
+    disk_bytes: _builtins.int
+    """Bytes of named blocks on disk."""
+    disk_capacity_bytes: _builtins.int
+    """Bytes that the disk tier may take; 0 without one."""
+    num_asked_blocks: _builtins.int
+    """Blocks asked for."""
+    num_hit_blocks: _builtins.int
+    """Of them, found."""
+    num_disk_hit_blocks: _builtins.int
+    """Of those, read from disk."""
+    num_evicted_blocks: _builtins.int
+    """Blocks forgotten for want of room, in memory."""
+    num_disk_evicted_blocks: _builtins.int
+    """Blocks forgotten for want of room, on disk."""
+    num_disk_written_blocks: _builtins.int
+    """Blocks written to disk."""
+    num_disk_failed_blocks: _builtins.int
+    """Blocks that could not be written to or read from disk."""
+    num_quarantined_blocks: _builtins.int
+    """Blocks kept back because their bytes were wrong."""
+    num_forged_blocks: _builtins.int
+    """Blocks asked for by another tenant than theirs."""
+    num_over_quota_puts: _builtins.int
+    """Puts that a tenant's quota cut."""
+    num_handed_blocks: _builtins.int
+    """Blocks handed to siblings before leaving."""
+    def __init__(
+        self,
+        *,
+        dram_bytes: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        disk_capacity_bytes: _builtins.int = ...,
+        num_asked_blocks: _builtins.int = ...,
+        num_hit_blocks: _builtins.int = ...,
+        num_disk_hit_blocks: _builtins.int = ...,
+        num_evicted_blocks: _builtins.int = ...,
+        num_disk_evicted_blocks: _builtins.int = ...,
+        num_disk_written_blocks: _builtins.int = ...,
+        num_disk_failed_blocks: _builtins.int = ...,
+        num_quarantined_blocks: _builtins.int = ...,
+        num_forged_blocks: _builtins.int = ...,
+        num_over_quota_puts: _builtins.int = ...,
+        num_handed_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "disk_capacity_bytes", b"disk_capacity_bytes", "dram_bytes", b"dram_bytes", "num_asked_blocks", b"num_asked_blocks", "num_disk_evicted_blocks", b"num_disk_evicted_blocks", "num_disk_failed_blocks", b"num_disk_failed_blocks", "num_disk_hit_blocks", b"num_disk_hit_blocks", "num_disk_written_blocks", b"num_disk_written_blocks", "num_evicted_blocks", b"num_evicted_blocks", "num_forged_blocks", b"num_forged_blocks", "num_handed_blocks", b"num_handed_blocks", "num_hit_blocks", b"num_hit_blocks", "num_over_quota_puts", b"num_over_quota_puts", "num_quarantined_blocks", b"num_quarantined_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreReport: _TypeAlias = StoreReport  # noqa: Y015
 
 @_typing.final
 class StepCost(_message.Message):

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from headrace.v1 import block_pb2 as headrace_dot_v1_dot_block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aheadrace/v1/generate.proto\x12\x0bheadrace.v1\"\xe7\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.headrace.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x1a\n\x0estop_token_ids\x18\x0b \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x11\n\x04seed\x18\r \x01(\x04H\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xb3\x01\n\nTokenEvent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.headrace.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReasonB\n\n\x08_logprob\"\xea\x01\n\x0cSequenceSpec\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1c\n\x10output_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x07 \x01(\x04\x12\x11\n\tcache_key\x18\x08 \x01(\x0c\x12\x0e\n\x06tenant\x18\t \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aheadrace/v1/generate.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\"\xe7\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12>\n\nlogit_bias\x18\x08 \x03(\x0b\x32*.headrace.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\t \x01(\r\x12\x12\n\nmin_tokens\x18\n \x01(\r\x12\x1a\n\x0estop_token_ids\x18\x0b \x03(\rB\x02\x10\x01\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x11\n\x04seed\x18\r \x01(\x04H\x03\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xb3\x01\n\nTokenEvent\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.headrace.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReasonB\n\n\x08_logprob\"z\n\x0c\x43\x61\x63hedPrefix\x12\x10\n\x08location\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.headrace.v1.Tier\x12\x13\n\x0bstart_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\"\x96\x02\n\x0cSequenceSpec\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1c\n\x10output_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x06 \x01(\r\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x07 \x01(\x04\x12\x11\n\tcache_key\x18\x08 \x01(\x0c\x12\x0e\n\x06tenant\x18\t \x01(\t\x12*\n\x07sources\x18\n \x03(\x0b\x32\x19.headrace.v1.CachedPrefix\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,18 +40,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCESPEC'].fields_by_name['prompt_token_ids']._serialized_options = b'\020\001'
   _globals['_SEQUENCESPEC'].fields_by_name['output_token_ids']._loaded_options = None
   _globals['_SEQUENCESPEC'].fields_by_name['output_token_ids']._serialized_options = b'\020\001'
-  _globals['_FINISHREASON']._serialized_start=1085
-  _globals['_FINISHREASON']._serialized_end=1180
-  _globals['_SAMPLINGPARAMS']._serialized_start=44
-  _globals['_SAMPLINGPARAMS']._serialized_end=531
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=418
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=466
-  _globals['_TOKENLOGPROB']._serialized_start=533
-  _globals['_TOKENLOGPROB']._serialized_end=582
-  _globals['_TOKENEVENT']._serialized_start=585
-  _globals['_TOKENEVENT']._serialized_end=764
-  _globals['_SEQUENCESPEC']._serialized_start=767
-  _globals['_SEQUENCESPEC']._serialized_end=1001
-  _globals['_USAGE']._serialized_start=1003
-  _globals['_USAGE']._serialized_end=1083
+  _globals['_FINISHREASON']._serialized_start=1278
+  _globals['_FINISHREASON']._serialized_end=1373
+  _globals['_SAMPLINGPARAMS']._serialized_start=69
+  _globals['_SAMPLINGPARAMS']._serialized_end=556
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=443
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=491
+  _globals['_TOKENLOGPROB']._serialized_start=558
+  _globals['_TOKENLOGPROB']._serialized_end=607
+  _globals['_TOKENEVENT']._serialized_start=610
+  _globals['_TOKENEVENT']._serialized_end=789
+  _globals['_CACHEDPREFIX']._serialized_start=791
+  _globals['_CACHEDPREFIX']._serialized_end=913
+  _globals['_SEQUENCESPEC']._serialized_start=916
+  _globals['_SEQUENCESPEC']._serialized_end=1194
+  _globals['_USAGE']._serialized_start=1196
+  _globals['_USAGE']._serialized_end=1276
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from headrace.v1 import block_pb2 as _block_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -231,6 +232,46 @@ class TokenEvent(_message.Message):
 Global___TokenEvent: _TypeAlias = TokenEvent  # noqa: Y015
 
 @_typing.final
+class CachedPrefix(_message.Message):
+    """Who holds how much of a prompt, by the index of the router that chose the worker: a
+    hint, which may be out of date.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCATION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    START_BLOCK_FIELD_NUMBER: _builtins.int
+    END_BLOCK_FIELD_NUMBER: _builtins.int
+    location: _builtins.str
+    """Name of the worker or kvstore."""
+    address: _builtins.str
+    """host:port of its gRPC server."""
+    tier: _block_pb2.Tier.ValueType
+    """Where it lies: the slowest tier of these blocks."""
+    start_block: _builtins.int
+    """First block."""
+    end_block: _builtins.int
+    """Block after the last."""
+    def __init__(
+        self,
+        *,
+        location: _builtins.str = ...,
+        address: _builtins.str = ...,
+        tier: _block_pb2.Tier.ValueType = ...,
+        start_block: _builtins.int = ...,
+        end_block: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "end_block", b"end_block", "location", b"location", "start_block", b"start_block", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedPrefix: _TypeAlias = CachedPrefix  # noqa: Y015
+
+@_typing.final
 class SequenceSpec(_message.Message):
     """One choice of one request as a worker sees it: tokens in, tokens out. Set by the router."""
 
@@ -245,6 +286,7 @@ class SequenceSpec(_message.Message):
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     CACHE_KEY_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Unique over the cluster: the request's id and the choice's index."""
     model: _builtins.str
@@ -269,6 +311,10 @@ class SequenceSpec(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """How to choose tokens."""
 
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___CachedPrefix]:
+        """Where blocks of the prompt can be fetched."""
+
     def __init__(
         self,
         *,
@@ -281,10 +327,11 @@ class SequenceSpec(_message.Message):
         deadline_unix_ms: _builtins.int = ...,
         cache_key: _builtins.bytes = ...,
         tenant: _builtins.str = ...,
+        sources: _abc.Iterable[Global___CachedPrefix] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_key", b"cache_key", "choice", b"choice", "deadline_unix_ms", b"deadline_unix_ms", "model", b"model", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_key", b"cache_key", "choice", b"choice", "deadline_unix_ms", b"deadline_unix_ms", "model", b"model", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id", "sources", b"sources", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
