@@ -160,8 +160,8 @@ def tier_ways(folder: Path, memory: NDArray[np.uint8], num_slots: int) -> Iterat
 
 
 def drop_cache(folder: Path) -> None:
-    """Take all files of a folder out of the page cache."""
-    for path in (each for each in folder.rglob("*") if each.is_file()):
+    """Take all payloads in a folder out of the page cache."""
+    for path in (folder / "raw", *folder.rglob("payloads")):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -236,7 +236,6 @@ def bench_open(folder: Path) -> None:
     for slot in range(OPEN_SLOTS):
         file.write(slot, DiskBlock(block_hash=name_of(slot), tenant="tenant"), payload)
     file.close()
-    drop_cache(folder)
 
     async def start() -> int:
         tier = DiskTier(space, WallClock())
@@ -244,10 +243,13 @@ def bench_open(folder: Path) -> None:
         await tier.close()
         return len(found)
 
-    for what in ("cold", "warm"):
-        begun_s = time.perf_counter()
-        num_found = asyncio.run(start())
-        print(f"{what} start: {num_found} headers read in {time.perf_counter() - begun_s:.2f} s")
+    fd = os.open(space.folder / "headers", os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    begun_s = time.perf_counter()
+    num_found = asyncio.run(start())
+    print(f"start: {num_found} headers read from disk in {time.perf_counter() - begun_s:.2f} s")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ class DiskTier:
         self._kept: dict[BlockHash, _Kept] = {}
         self._writing: dict[BlockHash, int] = {}
         self._slots = FreeSlots()
+        self._to_clear: deque[int] = deque()
+        self._is_clearing = False
         self._is_open = False
         self._reading = _Busy(clock)
         self._storing = _Busy(clock)
@@ -342,17 +345,23 @@ class DiskTier:
     def _vacate(self, kept: _Kept) -> None:
         if not self._is_open:
             return
-        self._writer.submit(self._clear, kept.slot)
+        self._to_clear.append(kept.slot)
+        if not self._is_clearing:
+            self._is_clearing = True
+            self._writer.submit(self._clear_all)
         if kept.is_doubtful:
             self._slots.give_unproven((kept.slot,))
         else:
             self._slots.give(kept.slot)
 
-    def _clear(self, slot: int) -> None:
-        try:
-            self._file.clear(slot)
-        except OSError as error:
-            logger.warning("forgotten block not cleared on disk", extra={"slot": slot, "error": str(error)})
+    def _clear_all(self) -> None:
+        self._is_clearing = False  # First: what is forgotten from here on is for the next run, if this one misses it.
+        while self._to_clear:
+            slot = self._to_clear.popleft()
+            try:
+                self._file.clear(slot)
+            except OSError as error:
+                logger.warning("forgotten block not cleared on disk", extra={"slot": slot, "error": str(error)})
 
 
 class _Busy:

@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 import xxhash
 
@@ -120,7 +121,13 @@ class HeaderForm:
             tenant=texts[:tenant_bytes].decode(),
             digest=digest,
             num_blocks_before=before,
-            origin=Origin(provenance=Provenance(provenance), policy_id=policy),
+            origin=_origin(provenance, policy),
             stored_unix_ms=stored_ms,
         )
         return Header(block=block, checksum=payload)
+
+
+@lru_cache(maxsize=1024)
+def _origin(provenance: int, policy_id: str) -> Origin:
+    # Few differ among the many headers of a start, and each takes as long to make as half of its header.
+    return Origin(provenance=Provenance(provenance), policy_id=policy_id)
