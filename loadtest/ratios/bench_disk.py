@@ -154,7 +154,11 @@ def tier_ways(folder: Path, memory: NDArray[np.uint8], num_slots: int) -> Iterat
         for first in range(0, num_slots, len(memory)):
             runner.run(write(range(first, min(num_slots, first + len(memory)))))
         try:
-            yield {"read": lambda slots: runner.run(read(slots)), "write": lambda slots: runner.run(write(slots))}
+            loop = runner.get_loop()  # Its `run` would add handlers of signals to each figure.
+            yield {
+                "read": lambda slots: loop.run_until_complete(read(slots)),
+                "write": lambda slots: loop.run_until_complete(write(slots)),
+            }
         finally:
             runner.run(tier.close())
 

@@ -154,7 +154,7 @@ def test_a_process_killed_within_an_overwrite_leaves_the_old_block_the_new_one_o
     again.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     size=st.sampled_from(SIZES),
     puts=st.lists(st.tuples(st.integers(0, NUM_SLOTS - 1), st.integers(1, 9), st.booleans()), max_size=12),
@@ -197,7 +197,7 @@ def damage(path, how, where, length):
     path.write_bytes(data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(size=st.sampled_from(SIZES), done=st.lists(damages, min_size=1, max_size=4), is_open=st.booleans())
 def test_files_damaged_anywhere_give_no_wrong_byte(size, done, is_open):
     with TemporaryDirectory() as folder:
