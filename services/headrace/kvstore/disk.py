@@ -248,7 +248,10 @@ class DiskTier:
         return is_hit
 
     def forget(self, block_hash: BlockHash) -> bool:
-        """Let a block go, also one being written; return whether it was here. A restart does not find it again."""
+        """Let a block go, also one being written; return whether it was here.
+
+        A restart does not find it again once a thread has cleared its header, or `close` has ended.
+        """
         if self._writing.pop(block_hash, None) is not None:
             return True
         kept = self._kept.pop(block_hash, None)
