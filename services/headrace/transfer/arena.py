@@ -48,5 +48,7 @@ def map_blocks(num_blocks: int, block_bytes: int) -> NDArray[np.uint8]:
         OSError: the system refuses that much memory.
     """
     # A mapping of its own rather than np.zeros: page aligned, so that a transport pins no page of somebody else.
-    memory = mmap.mmap(-1, num_blocks * block_bytes)
+    # Private: first touch takes 0.68 of the time of a shared mapping. Huge pages (madvise) took 3.2 times as long
+    # to touch as small ones, and gained nothing beyond noise in copying blocks (2-core EPYC, 2026-11-22).
+    memory = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype=np.uint8).reshape(num_blocks, block_bytes)
