@@ -52,6 +52,7 @@ SAMPLING = st.builds(
     seed=UINT64,
     logprobs=st.none() | UINT32,
 )
+SOURCES = st.builds(CachedPrefix, location=TEXT, address=TEXT, tier=st.sampled_from(Tier), start=UINT32, end=UINT32)
 SPECS = st.builds(
     SequenceSpec,
     sequence_id=TEXT.map(SequenceId),
@@ -62,6 +63,7 @@ SPECS = st.builds(
     choice=UINT32,
     deadline_unix_ms=UINT64,
     cache_key=st.binary(max_size=8),
+    sources=st.lists(SOURCES, max_size=2).map(tuple),
     tenant=st.text(max_size=8),
 )
 PIECES = st.builds(

@@ -287,12 +287,14 @@ def _source_to_proto(source: CachedPrefix) -> generate_pb2.CachedPrefix:
 
 def _source_from_proto(message: generate_pb2.CachedPrefix) -> CachedPrefix | None:
     """Read a source; one in a tier that this version does not know is no source."""
-    if message.tier not in set(Tier):
+    try:
+        tier = Tier(message.tier)
+    except ValueError:
         return None
     return CachedPrefix(
         location=message.location,
         address=message.address,
-        tier=Tier(message.tier),
+        tier=tier,
         start=message.start_block,
         end=message.end_block,
     )
