@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.block import KvLayout
-from headrace.core.request import FinishReason, Piece, SamplingParams, SequenceId, SequenceSpec, Token, Usage
+from headrace.core.placement import Tier
+from headrace.core.request import (
+    CachedPrefix,
+    FinishReason,
+    Piece,
+    SamplingParams,
+    SequenceId,
+    SequenceSpec,
+    Token,
+    Usage,
+)
 from headrace.core.wire import (
     error_from_detail,
     error_to_detail,
