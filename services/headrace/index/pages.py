@@ -11,8 +11,8 @@ from headrace.index.slots import Holders, HolderSets
 
 PAGE_BLOCKS = 64
 """Long enough that a prompt of 128k tokens is 128 look-ups, short enough to search from end to end."""
-FRESH_SHARE = 10
-"""One part in that many is kept for pages that no match has reached yet, as the fifteenth of 2Q but roomier."""
+FRESH_SHARE = 4
+"""One part in that many is kept for pages that no match has reached yet, as 2Q proposes."""
 SWEPT_PAGES = 4
 """Pages that each event rids of blocks without holders."""
 
@@ -24,6 +24,8 @@ HOLDERS_BYTES = 320
 """Of a set of holders."""
 _TABLE_GROWTH = 3
 """CPython gives a full dict the next power of two that is this many times what it holds."""
+_TABLE_SLACK = 4
+"""A table is made anew when it takes that many times what it needs: a dict does not shrink by itself."""
 
 
 class Page:
@@ -48,8 +50,13 @@ class Pages:
     dropped from their end.
 
     Args:
-        budget_bytes: Never exceeded, but for the moment in which the table is copied to a larger one.
+        budget_bytes: Not exceeded after `shed`, but by `reserved_bytes` alone; while CPython copies the table to a
+            larger one, both are there.
         sets: Sets of holders.
+
+    Attributes:
+        reserved_bytes: Of the budget, what others take.
+        num_evicted: Blocks that were dropped, or not taken in, for want of room.
     """
 
     def __init__(self, budget_bytes: int, sets: HolderSets) -> None:
@@ -152,6 +159,12 @@ class Pages:
             self._bury(page)
         del self._unswept[-SWEPT_PAGES:]
 
+    def shed(self) -> None:
+        """Come back under the budget after something else than blocks was added."""
+        if sys.getsizeof(self._blocks) > _TABLE_SLACK * _table_bytes(len(self._blocks)):
+            self._blocks = dict(self._blocks)
+        self._make_room(0, 0)
+
     def verify(self) -> None:
         """Count everything anew; slow, for tests.
 
@@ -169,6 +182,9 @@ class Pages:
         assert sum(counts.values()) == len(self._blocks)
         assert counts == {holders: holders.num_blocks for holders in self._sets}
         assert not self._blocks or self.memory_bytes <= self.budget_bytes
+        assert all(
+            not page.names or page in (self._proven if page.is_proven else self._fresh) for page in self._unswept
+        )
 
     def _locate(self, hashes: tuple[BlockHash, ...], position: int) -> tuple[Page, int, int] | None:
         """Return the page of a block, its place there, and how many blocks from there on are those of `hashes`."""

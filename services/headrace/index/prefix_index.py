@@ -152,11 +152,12 @@ class PrefixIndex:
             location.next_sequence = event.sequence + 1
             for change in event.changes:
                 self._change(location, change)
+            self._pages.sweep()
+            self._pages.shed()
         elif applied is Applied.GAP:
             self._totals.num_gaps += 1
         elif applied is Applied.FENCED:
             self._totals.num_fenced += 1
-        self._pages.sweep()
         return applied
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -169,6 +170,7 @@ class PrefixIndex:
         location.next_sequence = snapshot.next_sequence
         for change in snapshot.stored:
             self._change(location, change)
+        self._pages.shed()
 
     def forget(self, location: str) -> None:
         """Drop a location, all it holds and its ended lifetimes; unknown ones are ignored."""
