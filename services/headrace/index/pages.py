@@ -147,6 +147,7 @@ class Pages:
                 start += count
             if not bit:
                 self._bury(page)
+        self.shed()
 
     def retire(self, mask: int) -> None:
         """Take these holders from all blocks; what nobody holds any more leaves the memory bit by bit."""
@@ -155,9 +156,11 @@ class Pages:
 
     def sweep(self) -> None:
         """Remove blocks without holders from a few pages."""
-        for page in self._unswept[-SWEPT_PAGES:]:
-            self._bury(page)
-        del self._unswept[-SWEPT_PAGES:]
+        if self._unswept:
+            for page in self._unswept[-SWEPT_PAGES:]:
+                self._bury(page)
+            del self._unswept[-SWEPT_PAGES:]
+            self.shed()
 
     def shed(self) -> None:
         """Come back under the budget after something else than blocks was added."""
@@ -260,10 +263,10 @@ class Pages:
         page.names, page.holders = (), []
 
     def _bytes_with(self, num_blocks: int, num_pages: int) -> int:
-        """Return the bytes after adding so much, with the largest table that CPython might make of it."""
+        """Return the bytes after adding so much and a set, with the largest table that CPython might make of it."""
         num_blocks += len(self._blocks)
         table = max(sys.getsizeof(self._blocks), _table_bytes(num_blocks))
-        return self._bytes_beside_table(num_blocks, self._num_pages + num_pages) + table
+        return self._bytes_beside_table(num_blocks, self._num_pages + num_pages) + table + HOLDERS_BYTES
 
     def _bytes_beside_table(self, num_blocks: int, num_pages: int) -> int:
         holders_bytes = len(self._sets) * HOLDERS_BYTES

@@ -153,7 +153,6 @@ class PrefixIndex:
             for change in event.changes:
                 self._change(location, change)
             self._pages.sweep()
-            self._pages.shed()
         elif applied is Applied.GAP:
             self._totals.num_gaps += 1
         elif applied is Applied.FENCED:
@@ -170,7 +169,6 @@ class PrefixIndex:
         location.next_sequence = snapshot.next_sequence
         for change in snapshot.stored:
             self._change(location, change)
-        self._pages.shed()
 
     def forget(self, location: str) -> None:
         """Drop a location, all it holds and its ended lifetimes; unknown ones are ignored."""
@@ -270,6 +268,7 @@ class PrefixIndex:
         location = _Location(name=name, seat=self._slots.seat(), epoch=epoch)
         self._locations[name] = self._by_place[location.seat.place] = location
         self._pages.reserved_bytes += LOCATION_BYTES
+        self._pages.shed()
         return location
 
     def _clear(self, location: _Location) -> None:
@@ -289,7 +288,7 @@ class PrefixIndex:
                 self._slots.prune(self._sets.used())
                 slot = self._slots.slot(location.seat, change.tier, change.origin)
         # A tier has one copy of a block, so a new one takes the place of another origin's.
-        tier_mask = location.seat.tier_masks.get(change.tier, 0)
+        tier_mask = location.seat.tier_masks[change.tier]
         if slot is not None:
             location.open_page = self._pages.store(change.hashes, slot.bit, tier_mask, location.open_page)
             return

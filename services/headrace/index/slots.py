@@ -29,15 +29,15 @@ class Seat:
     Attributes:
         place: The location's own bit, in sets of locations.
         mask: All of its slots.
-        tier_masks: Its slots by tier.
+        tier_masks: Its slots, by the number of their tier.
         ranked: Its slots, fastest tier first.
     """
 
     place: int
     mask: int = 0
-    tier_masks: dict[Tier, int] = field(default_factory=dict)
+    tier_masks: list[int] = field(default_factory=lambda: [0] * (max(Tier) + 1))
     ranked: tuple[Slot, ...] = ()
-    by_kind: dict[tuple[Tier, Origin], Slot] = field(default_factory=dict)
+    by_kind: dict[tuple[int, str], Slot] = field(default_factory=dict)
 
 
 class SlotTable:
@@ -68,10 +68,11 @@ class SlotTable:
 
     def slot(self, seat: Seat, tier: Tier, origin: Origin) -> Slot | None:
         """Return the slot of that kind, a new one if needed; None when no bit is left."""
-        slot = seat.by_kind.get((tier, origin))
+        kind = _kind(tier, origin)
+        slot = seat.by_kind.get(kind)
         if slot is None and self._free_bits and len(seat.by_kind) < MAX_SLOTS_PER_LOCATION:
             slot = Slot(bit=self._free_bits.pop(), tier=tier, origin=origin)
-            seat.by_kind[tier, origin] = slot
+            seat.by_kind[kind] = slot
             self._refresh(seat)
         return slot
 
@@ -105,7 +106,7 @@ class SlotTable:
 
     def _take_back(self, seat: Seat, slots: list[Slot]) -> None:
         for slot in slots:
-            del seat.by_kind[slot.tier, slot.origin]
+            del seat.by_kind[_kind(slot.tier, slot.origin)]
             self._free_bits.append(slot.bit)
         if slots:
             self._refresh(seat)
@@ -114,13 +115,20 @@ class SlotTable:
         slots = sorted(seat.by_kind.values(), key=lambda slot: slot.tier)
         seat.ranked = tuple(slots)
         seat.mask = sum(slot.bit for slot in slots)
-        seat.tier_masks = {tier: sum(slot.bit for slot in slots if slot.tier is tier) for tier in Tier}
+        seat.tier_masks = [0] * len(seat.tier_masks)
+        for slot in slots:
+            seat.tier_masks[slot.tier] |= slot.bit
         self._policies = {slot.origin.policy_id for slot in self._slots()}
         self._served.clear()
         self._places.clear()
 
     def _slots(self) -> Iterator[Slot]:
         return (slot for seat in self._seats.values() for slot in seat.ranked)
+
+
+def _kind(tier: Tier, origin: Origin) -> tuple[int, str]:
+    """Return what tells slots of a seat apart; hashing enums and dataclasses would take longer than storing a block."""
+    return len(Tier) * origin.provenance + tier, origin.policy_id
 
 
 class Holders:
