@@ -42,6 +42,12 @@ if ! test -e "$folder/openvino/.installed"; then
     touch "$folder/openvino/.installed"
 fi
 
+if ! test -e "$folder/dynamo/.installed"; then
+    "$python" -m venv "$folder/dynamo"
+    "$folder/dynamo/bin/pip" install --quiet ai-dynamo-runtime==1.6.1
+    touch "$folder/dynamo/.installed"
+fi
+
 test -e "$folder/weights/config.json" || "$python" "$here/dequantise.py" "$folder/weights"
 
 if ! test -e "$folder/ort/.installed"; then
