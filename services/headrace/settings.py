@@ -19,6 +19,7 @@ for a Service of that name, so pods that run headrace switch off `enableServiceL
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +80,9 @@ Port: TypeAlias = Annotated[int, Between(0, 65535)]
 
 Count: TypeAlias = Annotated[int, Between(1)]
 """How many of something, or how many bytes; at least one."""
+
+_SECRET = re.compile(r"(?<=://)\S*(?=@)|(?<=password=)[^&\s]+")
+"""Who a URL logs in as, and by which password: not for the eyes of those who read logs."""
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
@@ -330,7 +334,7 @@ def _shown(value: object) -> str:
         return str(value.value)
     if isinstance(value, tuple):
         return ",".join(_shown(item) for item in value) or "(empty)"
-    return "none" if value is None else str(value)
+    return "none" if value is None else _SECRET.sub("***", str(value))
 
 
 class _Unfit(Exception):

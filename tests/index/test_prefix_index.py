@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from headrace.core.block import BlockHash
 from headrace.core.placement import EXACT, Origin, Provenance, Tier
 from headrace.errors import Saturated
-from headrace.index.events import Change, ChangeKind, Event, Snapshot
+from headrace.index.events import Applied, Change, ChangeKind, Event, Snapshot
 from headrace.index.pages import PAGE_BLOCKS
-from headrace.index.prefix_index import Applied, PrefixIndex, PrefixMatch
+from headrace.index.prefix_index import PrefixIndex, PrefixMatch
 from headrace.index.slots import MAX_SLOTS_PER_LOCATION
 
 ROOMY_BYTES = 1 << 24

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 
 from google.protobuf.message import DecodeError
 
@@ -19,6 +19,18 @@ class ChangeKind(IntEnum):
     REMOVED = 2
     QUARANTINED = 3
     """Their bytes are not to be trusted, wherever they are: every holder lets go of them."""
+
+
+class Applied(Enum):
+    """What became of an event that an index was given."""
+
+    DONE = "done"
+    REPEATED = "repeated"
+    """It was applied before and is ignored."""
+    GAP = "gap"
+    """Events before it are missing: it is not applied, and the location must be read anew."""
+    FENCED = "fenced"
+    """It is of a lifetime that has ended, and is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,11 @@
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from headrace.core.block import BlockHash
 from headrace.core.placement import Origin, Tier
 from headrace.errors import Saturated
-from headrace.index.events import Change, ChangeKind, Event, Snapshot
+from headrace.index.events import Applied, Change, ChangeKind, Event, Snapshot
 from headrace.index.pages import Page, Pages
 from headrace.index.slots import Holders, HolderSets, Seat, SlotTable
 
@@ -18,18 +17,6 @@ LOCATION_BYTES = 3000
 """Of a location beside its blocks, with a few slots."""
 _EVERYONE = -1
 """The set of all slots."""
-
-
-class Applied(Enum):
-    """What became of an event."""
-
-    DONE = auto()
-    REPEATED = auto()
-    """It was applied before and is ignored."""
-    GAP = auto()
-    """Events before it are missing: it is not applied, and the location must be read anew."""
-    FENCED = auto()
-    """It is of a lifetime that has ended, and is ignored."""
 
 
 @dataclass(slots=True, kw_only=True)
