@@ -18,6 +18,9 @@ MOST_USES = 3
 REUSE_TOKENS = 2_800_000
 """New tokens between two uses of a block: best of a sweep on the Mooncake conversation trace (November 2026)."""
 
+LEAST_S = 1e-9
+"""What a block is worth at least: a cost model of one machine's noise may say 0."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFacts:
@@ -284,7 +287,7 @@ class ByValue:
         worth = self._worth[name]
         self._num_rests += 1
         worth.entry = self._num_rests
-        worth.rank = self._num_added + self._fade * math.log(worth.num_uses * worth.seconds)
+        worth.rank = self._num_added + self._fade * math.log(worth.num_uses * max(worth.seconds, LEAST_S))
         self._resting.add(name)
         self._offer(name)
 
