@@ -6,12 +6,12 @@ Run with `PYTHONPATH=loadtest/traces`; without `--trace` the pairs replay genera
 """
 
 import argparse
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 from harness import compare, report
 from mooncake import BLOCK_TOKENS, Request, generate, read
 
@@ -109,12 +109,12 @@ def facts_of(chains: Sequence[Chain]) -> dict[BlockHash, BlockFacts]:
 
 def sample(requests: Sequence[Request], seed: int) -> tuple[Chain, ...]:
     """Return the prompts of a random share of the conversations: those that differ after the common first block."""
-    random_ = random.Random(seed)
+    random = np.random.default_rng(seed)
     kept: dict[int, bool] = {}
     chosen = [
         request.full_ids
         for request in requests
-        if kept.setdefault(request.hash_ids[min(1, len(request.hash_ids) - 1)], random_.random() < KEPT)
+        if kept.setdefault(request.hash_ids[min(1, len(request.hash_ids) - 1)], bool(random.random() < KEPT))
     ]
     return tuple(tuple(BlockHash(number.to_bytes(16, "little")) for number in ids) for ids in chosen)
 

@@ -10,17 +10,18 @@ prompt); 36.6 % of all blocks were seen before; 61 % of the requests reuse that 
 a conversation goes on after its first, second, ... turn with the chances below. Not matched: the few prefixes of up
 to 43 requests that are no conversation, bursts of arrivals, and what follows from either.
 
-Run `python loadtest/traces/mooncake.py [--trace FILE] [--seed N]` to print the figures of the file or of a generated one.
+Run as a script it prints the figures of the file or of a generated trace.
 """
 
 import argparse
 import json
-import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+
+import numpy as np
 
 BLOCK_TOKENS = 512
 NUM_REQUESTS = 12_031
@@ -71,12 +72,12 @@ def read(path: Path) -> tuple[Request, ...]:
 
 def generate(seed: int, num_requests: int = NUM_REQUESTS) -> tuple[Request, ...]:
     """Return requests of the conversation trace's shape, by arrival; a smaller number is as dense in a shorter time."""
-    random_ = random.Random(seed)
+    random = np.random.default_rng(seed)
     ids = count(1)
     span_s = SPAN_S * num_requests / NUM_REQUESTS
     requests: list[Request] = []
     while len(requests) < num_requests:
-        requests += _conversation(random_, ids, random_.uniform(0.0, span_s), span_s)
+        requests += _conversation(random, ids, random.uniform(0.0, span_s), span_s)
     return tuple(sorted(requests[:num_requests], key=lambda request: request.at_s))
 
 
@@ -94,30 +95,30 @@ def _parse(line: str) -> Request:
     raise ValueError(f"not a request of Mooncake's format with blocks of {BLOCK_TOKENS} tokens: {line[:80]}")
 
 
-def _conversation(random_: random.Random, ids: Iterator[int], at_s: float, span_s: float) -> Iterator[Request]:
+def _conversation(random: np.random.Generator, ids: Iterator[int], at_s: float, span_s: float) -> Iterator[Request]:
     """Yield the turns that fall into the span."""
     known: tuple[int, ...] = (0,)
-    num_tokens, turn = _draw(random_, FIRST_TOKENS), 0
+    num_tokens, turn = _draw(random, FIRST_TOKENS), 0
     while at_s < span_s:
         num_blocks = -(-int(num_tokens) // BLOCK_TOKENS)
         hash_ids = (*known, *(next(ids) for _ in range(num_blocks - len(known))))[:num_blocks]
         yield Request(
-            at_s=at_s, input_tokens=int(num_tokens), output_tokens=int(_draw(random_, OUTPUT_TOKENS)), hash_ids=hash_ids
+            at_s=at_s, input_tokens=int(num_tokens), output_tokens=int(_draw(random, OUTPUT_TOKENS)), hash_ids=hash_ids
         )
-        if random_.random() >= GOES_ON[min(turn, len(GOES_ON) - 1)]:
+        if random.random() >= GOES_ON[min(turn, len(GOES_ON) - 1)]:
             return
         turn += 1
-        at_s += _draw(random_, GAP_S)
+        at_s += _draw(random, GAP_S)
         known = hash_ids[: int(num_tokens) // BLOCK_TOKENS] or (0,)
-        if random_.random() < REWRITES:
-            known = known[: random_.randint(1, len(known))]
+        if random.random() < REWRITES:
+            known = known[: random.integers(1, len(known) + 1)]
             num_tokens = BLOCK_TOKENS * len(known)
-        num_tokens = min(num_tokens + _draw(random_, GROWN_TOKENS), FIRST_TOKENS[-1])
+        num_tokens = min(num_tokens + _draw(random, GROWN_TOKENS), FIRST_TOKENS[-1])
 
 
-def _draw(random_: random.Random, table: Sequence[float]) -> float:
+def _draw(random: np.random.Generator, table: Sequence[float]) -> float:
     """Return a value whose quantiles are those of the table."""
-    where = random_.random()
+    where = random.random()
     index = next(index for index, upper in enumerate(QUANTILES[1:]) if where <= upper)
     low, high = QUANTILES[index : index + 2]
     share = (where - low) / (high - low)
