@@ -15,7 +15,7 @@ SMALL_SHARE = 0.1
 MOST_USES = 3
 """S3-FIFO counts uses in two bits."""
 
-REUSE_TOKENS = 2_800_000
+REUSE_TOKENS = 2_400_000
 """New tokens between two uses of a block: best of a sweep on the Mooncake conversation trace (November 2026)."""
 
 LEAST_S = 1e-9
