@@ -1,10 +1,11 @@
 """The account of one pool of blocks: who holds what, until when, and what may be reused."""
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId
+from headrace.core.eviction import NO_FACTS, BlockFacts, EvictionOrder, LeastRecentlyUsed
 from headrace.errors import InternalError, Saturated
 
 
@@ -69,12 +70,14 @@ class BlockLedger:
 
     Args:
         num_blocks: Size of the pool.
+        order: Which cached block is forgotten first; owned by the ledger. None forgets the longest unused.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, order: EvictionOrder | None = None) -> None:
         self._total = num_blocks
+        self._order = LeastRecentlyUsed() if order is None else order
         self._free: deque[BlockId] = deque(BlockId(index) for index in range(num_blocks))
-        self._cached: OrderedDict[BlockId, None] = OrderedDict()
+        self._cached: set[BlockId] = set()
         self._users = [0] * num_blocks
         self._num_used = 0
         self._leases: dict[str, Lease] = {}
@@ -119,7 +122,7 @@ class BlockLedger:
             raise InternalError("an unused block is neither free nor cached, or is so twice")
         if {block: name for name, block in self._block_of.items()} != self._hash_of:
             raise InternalError("names and blocks disagree")
-        if unused & self._hash_of.keys() != self._cached.keys():
+        if unused & self._hash_of.keys() != self._cached:
             raise InternalError("a free block has a name, or a cached one has none")
 
     @property
@@ -153,7 +156,7 @@ class BlockLedger:
             raise ValueError("a shared block must be cached or leased: it may hold anything")
         self._require(num_new + sum(block in self._cached for block in set(shared)))
         for block in shared:
-            self._use(block)
+            self._hit(block)
         blocks = [*shared, *self._take(num_new)]
         self._leases[lease_id] = Lease(
             lease_id=lease_id, owner=owner, reader=reader, epoch=epoch, deadline_s=deadline_s, blocks=blocks
@@ -236,8 +239,13 @@ class BlockLedger:
         """Return when the first lease ends by the clock; infinity when none does."""
         return min((lease.deadline_s for lease in self._leases.values()), default=float("inf"))
 
-    def name(self, block: BlockId, block_hash: BlockHash) -> bool:
+    def name(self, block: BlockId, block_hash: BlockHash, facts: BlockFacts = NO_FACTS) -> bool:
         """Give a leased block its content's name, under which it can be found.
+
+        Args:
+            block: The block.
+            block_hash: Its name.
+            facts: What the eviction order may know of it.
 
         Returns:
             False when another block has that name; this one then stays nameless.
@@ -253,6 +261,7 @@ class BlockLedger:
             raise ValueError(f"block {block} has another name: committed blocks do not change")
         self._hash_of[block] = block_hash
         self._block_of[block_hash] = block
+        self._order.add(block_hash, facts)
         return True
 
     def unname(self, block_hash: BlockHash) -> bool:
@@ -264,9 +273,10 @@ class BlockLedger:
         if block is None:
             return False
         del self._hash_of[block]
+        self._order.drop(block_hash)
         self._evicted.append(block_hash)
         if block in self._cached:
-            del self._cached[block]
+            self._cached.remove(block)
             self._free.append(block)
         return True
 
@@ -298,6 +308,14 @@ class BlockLedger:
         while self._cached:
             self._free.append(self._evict())
 
+    def forget_of(self, tenant: str) -> bool:
+        """Free one cached block of a tenant that others do not build on; False when there is none."""
+        block_hash = self._order.evict(tenant)
+        if block_hash is None:
+            return False
+        self._free.append(self._forget(block_hash))
+        return True
+
     def names(self) -> tuple[BlockHash, ...]:
         """Return all names, for a snapshot to the global index."""
         return tuple(self._block_of)
@@ -323,14 +341,25 @@ class BlockLedger:
         return taken
 
     def _evict(self) -> BlockId:
-        block, _ = self._cached.popitem(last=False)
-        block_hash = self._hash_of.pop(block)
-        del self._block_of[block_hash]
+        block_hash = self._order.evict()
+        if block_hash is None:
+            raise InternalError("the eviction order knows of no block that rests, the ledger does")
+        return self._forget(block_hash)
+
+    def _forget(self, block_hash: BlockHash) -> BlockId:
+        block = self._block_of.pop(block_hash)
+        del self._hash_of[block]
+        self._cached.remove(block)
         self._evicted.append(block_hash)
         return block
 
+    def _hit(self, block: BlockId) -> None:
+        self._cached.discard(block)
+        if block in self._hash_of:
+            self._order.use(self._hash_of[block])
+        self._use(block)
+
     def _use(self, block: BlockId) -> None:
-        self._cached.pop(block, None)
         self._num_used += not self._users[block]
         self._users[block] += 1
 
@@ -340,6 +369,7 @@ class BlockLedger:
             return
         self._num_used -= 1
         if block in self._hash_of:
-            self._cached[block] = None
+            self._cached.add(block)
+            self._order.rest(self._hash_of[block])
         else:
             self._free.append(block)
