@@ -1,4 +1,5 @@
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_workers_are_named_by_role_and_number(tmp_path: Path) -> None:
         "prefill-1",
         "decode-0",
         "hybrid-0",
+        "redis",
     ]
 
 
@@ -39,7 +41,7 @@ def test_the_router_knows_every_worker_and_the_store(tmp_path: Path) -> None:
     services = arrange(tmp_path)
     written = yaml.safe_load((tmp_path / "router.yaml").read_text())["router"]
     assert written["workers"] == [services["prefill-0"].grpc, services["decode-0"].grpc]
-    assert written["kvstore"] == services["kvstore"].grpc
+    assert written["kvstores"] == [services["kvstore"].grpc]
     assert services["router"].http == f"http://127.0.0.1:{written['http_port']}"
 
 
@@ -52,7 +54,11 @@ def test_a_worker_knows_the_others_but_not_itself(tmp_path: Path) -> None:
 
 def test_assignments_reach_all_services_of_a_section_or_one_process(tmp_path: Path) -> None:
     services = arrange(tmp_path, "worker.threads=2", "decode-0.threads=1", "router.max_moves=0")
-    tails = {name: service.command[service.command.index("--config") + 2 :] for name, service in services.items()}
+    tails = {
+        name: service.command[service.command.index("--config") + 2 :]
+        for name, service in services.items()
+        if service.role != "redis"
+    }
     assert tails == {
         "router": ("--set", "max_moves=0"),
         "kvstore": (),
@@ -100,6 +106,38 @@ def test_a_cache_secret_that_was_not_written_to_its_end_is_made_anew(tmp_path: P
 
 def test_the_model_of_the_installed_package_is_the_default() -> None:
     assert layout.bundled_model().suffix == ".gguf"
+
+
+def test_several_kvstores_are_numbered_and_know_their_siblings(tmp_path: Path) -> None:
+    planned = layout.plan(replace(config(tmp_path), kvstores=2), ())
+    ports = Ports("127.0.0.1", tmp_path / "ports")
+    services = {service.name: service for service in layout.arrange(planned, ports)}
+    ports.close()
+    written = yaml.safe_load((tmp_path / "kvstore-0.yaml").read_text())["kvstore"]
+    assert written["siblings"] == [services["kvstore-1"].grpc]
+    stores = yaml.safe_load((tmp_path / "prefill-0.yaml").read_text())["worker"]["kvstores"]
+    assert stores == [services["kvstore-0"].grpc, services["kvstore-1"].grpc]
+
+
+def test_all_services_share_a_redis_of_the_clusters_own(tmp_path: Path) -> None:
+    services = arrange(tmp_path)
+    urls = {
+        yaml.safe_load((tmp_path / f"{name}.yaml").read_text())[section]["redis"]["url"]
+        for name, section in (("router", "router"), ("kvstore", "kvstore"), ("prefill-0", "worker"))
+    }
+    (url,) = urls
+    assert url.startswith("redis://:")
+    assert services["redis"].grpc is None
+    assert not any(url in word for service in services.values() for word in service.command)
+
+
+def test_a_redis_that_is_named_is_used_and_none_is_started(tmp_path: Path) -> None:
+    planned = layout.plan(replace(config(tmp_path), redis_url="redis://somewhere:1"), ())
+    ports = Ports("127.0.0.1", tmp_path / "ports")
+    services = layout.arrange(planned, ports)
+    ports.close()
+    assert "redis" not in {service.role for service in services}
+    assert yaml.safe_load((tmp_path / "router.yaml").read_text())["router"]["redis"] == {"url": "redis://somewhere:1"}
 
 
 @pytest.mark.parametrize(

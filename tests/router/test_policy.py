@@ -164,3 +164,15 @@ def test_the_time_to_retry_grows_with_the_excess_and_the_length_of_requests():
 @given(st.integers(0, 10**6), st.integers(0, 10**4), st.floats(0, 1e4))
 def test_the_time_to_retry_is_never_less_than_a_second(num_live, max_live, mean_s):
     assert retry_after_s(num_live, max_live, mean_s) >= 1.0
+
+
+def test_a_prefix_that_everybody_can_fetch_sends_nobody_to_a_longer_queue():
+    busy, idle = replace(prefiller("busy"), waiting_tokens=400), prefiller("idle")
+    held = facts(num_tokens=1000, cached_tokens={"busy": 900})
+    assert choose_prefill([busy, idle], held) == "busy"
+    assert choose_prefill([busy, idle], replace(held, reachable_tokens=900)) == "idle"
+
+
+def test_a_worker_that_has_a_prefix_itself_is_preferred_to_one_that_would_fetch_it():
+    held = facts(num_tokens=1000, cached_tokens={"b": 900}, reachable_tokens=900)
+    assert choose_prefill([prefiller("a"), prefiller("b")], held) == "b"

@@ -1,86 +1,59 @@
-"""The index is asked who holds a prefix; a kvstore that stalls costs one request per pause, not each."""
+"""The router's copy of the index says who holds a prefix, and where it can be fetched."""
 
-import asyncio
+from headrace.core.placement import Tier
+from headrace.core.segments import SEGMENT_BLOCKS, segments, store_of
+from headrace.index.events import Change, ChangeKind, Event
+from headrace.index.prefix_index import PrefixIndex
+from headrace.router.prefixes import Prefixes
 
-import pytest
-
-from headrace.clock import VirtualClock
-from headrace.core.block import block_hashes, root_hash
-from headrace.router import prefixes
-from headrace.router.prefixes import FIRST_PAUSE_S, LONGEST_PAUSE_S, PrefixQueries
-from headrace.runtime.channels import Channels
-from headrace.testing.fleet import BLOCK_TOKENS, FINGERPRINT, open_fleet
-from headrace.testing.lane import FaultyLane
-
-HASHES = block_hashes(root_hash(FINGERPRINT, b""), range(10, 28), BLOCK_TOKENS)
+HASHES = tuple(number.to_bytes(16, "big") for number in range(3 * SEGMENT_BLOCKS))
+WORKERS = {"p0": "host:1", "p1": "host:2"}
 
 
-class CountingChannels(Channels):
-    num_calls = 0
-
-    def get(self, address):
-        self.num_calls += 1
-        return super().get(address)
-
-
-class Bench:
-    """A kvstore behind a lane, and the router's questions to it."""
-
-    def __init__(self, lane, channels):
-        self.lane, self.channels, self.clock = lane, channels, VirtualClock(50.0)
-        self.queries = PrefixQueries(lane.address, channels, self.clock)
-
-    async def num_calls(self, count):
-        """Ask so often at once; return how many calls that made."""
-        before = self.channels.num_calls
-        await asyncio.gather(*(self.queries.match(HASHES) for _ in range(count)))
-        return self.channels.num_calls - before
+def holding(*held) -> Prefixes:
+    """Return the prefixes of an index in which each (location, tier, hashes) is stored."""
+    index = PrefixIndex(budget_bytes=1 << 20, max_locations=8)
+    sequences = {}
+    for location, tier, hashes in held:
+        change = Change(kind=ChangeKind.STORED, tier=tier, hashes=tuple(hashes))
+        sequence = sequences[location] = sequences.get(location, -1) + 1
+        index.apply(Event(location=location, epoch="e", sequence=sequence, changes=(change,)))
+    return Prefixes(index)
 
 
-@pytest.fixture
-async def bench(tmp_path, roles, monkeypatch):
-    monkeypatch.setattr(prefixes, "MATCH_TIMEOUT_S", 0.1)
-    lane = FaultyLane()
-    async with open_fleet(tmp_path, roles("h0"), kvstore=True) as fleet, CountingChannels() as channels:
-        await lane.open()
-        lane.connect(int(fleet.kvstore.rpartition(":")[2]))
-        await fleet.workers["h0"].blocks._client.announce(HASHES[:3], ())
-        made = Bench(lane, channels)
-        monkeypatch.setattr(prefixes, "MATCH_TIMEOUT_S", 5.0)
-        assert await made.queries.match(HASHES) == {"h0": 3}
-        monkeypatch.setattr(prefixes, "MATCH_TIMEOUT_S", 0.1)
-        yield made
-        await lane.cut()
+def spans(cached):
+    return [(each.location, each.address, each.tier, each.start, each.end) for each in cached.sources]
 
 
-async def test_everybody_asks_while_the_kvstore_answers(bench):
-    assert await bench.num_calls(3) == 3
+def test_workers_and_stores_are_told_apart():
+    prefixes = holding(("p0", Tier.DEVICE, HASHES[:3]), ("kv", Tier.DRAM, HASHES[:5]))
+    cached = prefixes.look_up(HASHES[:8], WORKERS, {"kv": "host:9"})
+    assert (cached.by_worker, cached.num_stored, cached.num_reachable) == ({"p0": 3}, 5, 5)
+    assert spans(cached) == [("p0", "host:1", Tier.DEVICE, 0, 3), ("kv", "host:9", Tier.DRAM, 0, 5)]
 
 
-async def test_nothing_is_asked_about_a_prompt_without_a_full_block(bench):
-    assert await bench.queries.match(()) == {}
-    assert bench.channels.num_calls == 1
+def test_who_does_not_answer_now_is_no_source():
+    prefixes = holding(("p0", Tier.DEVICE, HASHES[:3]), ("kv", Tier.DRAM, HASHES[:5]))
+    assert prefixes.look_up(HASHES, {"p1": "host:2"}, {}).sources == ()
 
 
-async def test_a_stalled_kvstore_costs_one_request_per_growing_pause(bench):
-    bench.lane.stall()
-    assert await bench.queries.match(HASHES) == {}
-    pause_s = FIRST_PAUSE_S
-    for _ in range(6):
-        assert await bench.num_calls(5) == 0
-        bench.clock.advance(pause_s - 0.001)
-        assert await bench.num_calls(5) == 0
-        bench.clock.advance(0.002)
-        assert await bench.num_calls(5) == 1
-        pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
-    bench.lane.resume()
+def test_a_source_is_as_slow_as_its_slowest_block():
+    prefixes = holding(("kv", Tier.DRAM, HASHES[:2]), ("kv", Tier.DISK, HASHES[2:4]))
+    (source,) = prefixes.look_up(HASHES[:4], {}, {"kv": "host:9"}).sources
+    assert (source.tier, source.end) == (Tier.DISK, 4)
 
 
-async def test_a_kvstore_that_goes_on_is_asked_by_everybody_again(bench, monkeypatch):
-    bench.lane.stall()
-    assert await bench.queries.match(HASHES) == {}
-    bench.lane.resume()
-    bench.clock.advance(FIRST_PAUSE_S)
-    monkeypatch.setattr(prefixes, "MATCH_TIMEOUT_S", 5.0)
-    assert await bench.queries.match(HASHES) == {"h0": 3}
-    assert await bench.num_calls(3) == 3
+def test_a_chain_over_several_stores_names_the_store_of_each_segment():
+    stores = {"a": "host:7", "b": "host:8", "c": "host:9"}
+    names = {address: name for name, address in stores.items()}
+    placed = [(segment, store_of(segment.key, tuple(names))) for segment in segments(HASHES)]
+    held = [(names[address], Tier.DRAM, HASHES[segment.start : segment.end]) for segment, address in placed]
+    cached = holding(*held).look_up(HASHES, {}, stores)
+    assert cached.num_stored == len(HASHES)
+    assert spans(cached) == [
+        (names[address], address, Tier.DRAM, segment.start, segment.end) for segment, address in placed
+    ]
+
+
+def test_a_prompt_without_a_full_block_asks_for_nothing():
+    assert holding(("p0", Tier.DEVICE, HASHES)).look_up((), WORKERS, {}).num_reachable == 0

@@ -47,13 +47,13 @@ async def test_every_mode_gives_the_tokens_of_one_worker(tmp_path, roles, prompt
 
 async def test_the_index_is_asked_for_blocks_of_the_sequences_own_key(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("h0"), kvstore=True) as fleet:
-        asked, match = [], fleet.parts.prefixes.match
+        asked, look_up = [], fleet.parts.prefixes.look_up
 
-        async def noting(hashes):
+        def noting(hashes, *others):
             asked.append(tuple(hashes))
-            return await match(hashes)
+            return look_up(hashes, *others)
 
-        fleet.parts.prefixes.match = noting
+        fleet.parts.prefixes.look_up = noting
         await fleet.tokens(dataclasses.replace(fleet.spec(prompt_of(1, 18)), cache_key=b"a"))
         assert asked == [fleet.workers["h0"].blocks.hashes(prompt_of(1, 18), b"a")]
 

@@ -40,6 +40,7 @@ class RunConfig:
         dtype: Precision of the workers.
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
+        kvstores: Number of kvstores.
         ready_timeout_s: Longest time until the cluster answers.
         redis_url: Redis or Valkey server that the services share; None starts one of the cluster's own.
         redis_port: First port tried for that.
@@ -51,6 +52,7 @@ class RunConfig:
     dtype: Dtype = Dtype.AUTO
     http_port: FirstPort = 8000
     grpc_port: FirstPort = 50051
+    kvstores: Annotated[int, Between(1, MOST_WORKERS)] = 1
     ready_timeout_s: float = 120.0
     redis_url: str | None = None
     redis_port: FirstPort = 6379
@@ -90,6 +92,7 @@ class Layout:
         dtype: Precision of the workers.
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
+        kvstores: Number of kvstores.
         redis_url: Redis that the services share; None starts one.
         redis_port: First port tried for that.
         overrides: Per section or process name, dotted field to text.
@@ -102,6 +105,7 @@ class Layout:
     dtype: str
     http_port: int
     grpc_port: int
+    kvstores: int
     redis_url: str | None
     redis_port: int
     overrides: dict[str, dict[str, str]]
@@ -119,7 +123,7 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         ConfigError: the workers, the model or an assignment make no sense.
     """
     roles = _roles(config.workers)
-    names = {"router", "kvstore", "worker", *_names(roles)}
+    names = {"router", "kvstore", "worker", *_store_names(config.kvstores), *_names(roles)}
     model = (config.model or bundled_model()).resolve()
     if not model.exists():
         raise ConfigError(f"the model {model} does not exist; pass --model PATH", field="model")
@@ -130,6 +134,7 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         dtype=config.dtype.value,
         http_port=config.http_port,
         grpc_port=config.grpc_port,
+        kvstores=config.kvstores,
         redis_url=config.redis_url,
         redis_port=config.redis_port,
         overrides=_overrides(assignments, names),
@@ -156,11 +161,12 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
         ConfigError: no port is free, or there is no Redis to start.
     """
     run_dir = Path(layout.run_dir)
-    names = ("router", "kvstore", *_names(layout.roles))
+    stores = _store_names(layout.kvstores)
+    names = ("router", *stores, *_names(layout.roles))
     numbers = _take(ports, layout.grpc_port, len(names))
     grpc = {name: f"{HOST}:{number}" for name, number in zip(names, numbers, strict=True)}
     http_port = ports.take(layout.http_port)
-    roles = dict(zip(names, ("router", "kvstore", *layout.roles), strict=True))
+    roles = dict(zip(names, ("router", *["kvstore"] * len(stores), *layout.roles), strict=True))
     redis_url, redis = layout.redis_url, None
     if redis_url is None:
         redis, redis_url = _redis(run_dir, ports.take(layout.redis_port))
@@ -199,20 +205,23 @@ def _contents(
 ) -> dict[str, dict[str, dict[str, object]]]:
     redis = {"redis": {"url": redis_url}}
     workers = dict(zip(_names(layout.roles), layout.roles, strict=True))
+    stores = {name: grpc[name] for name in _store_names(layout.kvstores)}
     contents: dict[str, dict[str, dict[str, object]]] = {
         "router": {
             "router": _bind(grpc["router"])
             | {
                 "http_port": http_port,
                 "workers": [grpc[name] for name in workers],
-                "kvstore": grpc["kvstore"],
+                "kvstores": list(stores.values()),
                 "model": layout.model,
                 "cache_secret": kept_secret(Path(layout.run_dir) / CACHE_SECRET_FILE),
             }
             | redis
         },
-        "kvstore": {"kvstore": {"name": "kvstore"} | _bind(grpc["kvstore"]) | redis},
     }
+    for name, address in stores.items():
+        siblings = [other for other in stores.values() if other != address]
+        contents[name] = {"kvstore": {"name": name, "siblings": siblings} | _bind(address) | redis}
     for name, role in workers.items():
         contents[name] = {
             "worker": {"name": name, "role": role}
@@ -221,7 +230,7 @@ def _contents(
                 "model": layout.model,
                 "dtype": layout.dtype,
                 "shared_cores": str(Path(layout.run_dir) / "cores"),
-                "kvstore": grpc["kvstore"],
+                "kvstores": list(stores.values()),
                 "peers": [grpc[other] for other in workers if other != name],
             }
             | redis
@@ -238,6 +247,10 @@ def _take(ports: Ports, first: int, count: int) -> Iterator[int]:
     for _ in range(count):
         first = ports.take(first)
         yield first
+
+
+def _store_names(number: int) -> list[str]:
+    return ["kvstore"] if number == 1 else _names(["kvstore"] * number)
 
 
 def _names(roles: Sequence[str]) -> list[str]:

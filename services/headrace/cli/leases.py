@@ -40,7 +40,7 @@ class PoolReport:
         return [*(self._row(lease) for lease in self.leases), f"{self.process:<12} total of {total}"]
 
     def _row(self, lease: pool_pb2.LeaseReport) -> str:
-        names = map(_shown, (lease.lease, lease.owner, lease.reader, lease.epoch))
+        names = map(shown, (lease.lease, lease.owner, lease.reader, lease.epoch))
         return _ROW.format(self.process, *names, lease.num_blocks, _end(lease))
 
 
@@ -75,6 +75,6 @@ def _end(lease: pool_pb2.LeaseReport) -> str:
     return f"{lease.remaining_ms / 1000:.1f} s" if lease.HasField("remaining_ms") else "its owner"
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """Return a name that a peer chose, as a terminal may show it."""
     return "".join(char if char.isprintable() else "?" for char in name) or "-"

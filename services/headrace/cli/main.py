@@ -167,6 +167,22 @@ def leases(run_dir: RunDir = None) -> None:
     raise typer.Exit(int(is_broken))
 
 
+@doctor.command()
+def index(run_dir: RunDir = None) -> None:
+    """Show each copy of the prefix index: who is in it, how current and how right it is."""
+    from headrace.cli.index_report import HEADER, describe_indexes
+
+    processes = _running(run_dir).processes
+    with_copy = (Role.ROUTER.value, Role.KVSTORE.value)
+    copies = {each.name: each.grpc for each in processes if each.grpc is not None and each.role in with_copy}
+    typer.echo(HEADER)
+    is_broken = False
+    for report in describe_indexes(copies):
+        typer.echo("\n".join(report.rows()))
+        is_broken |= bool(report.problems)
+    raise typer.Exit(int(is_broken))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -18,9 +18,9 @@ from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
 from headrace.router.http.context import HttpSettings
 from headrace.router.member import RouterMember
-from headrace.router.prefixes import PrefixQueries
 from headrace.router.sequence import SequenceParts
 from headrace.router.service import RouterServicer
+from headrace.router.shared_index import SharedIndex
 from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
@@ -30,7 +30,7 @@ from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import ClusterCollector, LoopLagProbe, RouterMetrics, VllmView, exposition
 from headrace.settings import ServeArgs, environment
 from headrace.text.model import TextModel
-from headrace.v1 import cluster_pb2_grpc, router_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, index_pb2_grpc, router_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,11 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
     clock, registry = WallClock(), CollectorRegistry()
     metrics = RouterMetrics(registry, clock)
     text = await asyncio.to_thread(TextModel.load, config.model)
+    index = SharedIndex(config, clock)
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         table = WorkerTable(
             name=config.name,
-            addresses=(*config.workers, *([config.kvstore] if config.kvstore else [])),
+            addresses=(*config.workers, *config.kvstores),
             channels=channels,
             clock=clock,
             report_timeout_s=config.first_report_timeout_s,
@@ -75,7 +76,8 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
             channels=channels,
             clock=clock,
             tasks=tasks,
-            prefixes=PrefixQueries(config.kvstore, channels, clock) if config.kvstore is not None else None,
+            prefixes=index.prefixes,
+            drift=index.drift,
             max_moves=config.max_moves,
         )
         live = LiveRequests(config, parts, text, clock, metrics)
@@ -85,8 +87,10 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
+        server.add(index_pb2_grpc.add_IndexServiceServicer_to_server, index.servicer())
         await server.start()
         _register_views(registry, live, member, metrics)
+        index.publish(registry)
         probe = LoopLagProbe()
         probe.publish(registry, "router")
         web, listener = _web_server(config, live, registry, clock), _listen(config.host, config.http_port)
@@ -95,6 +99,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
             tasks.create_task(live.keep_ready()),
             tasks.create_task(member.publish(server)),
             tasks.create_task(probe.run()),
+            tasks.create_task(index.run()),
         ]
         serving = tasks.create_task(web.serve([listener]))
         await asyncio.wait([serving, tasks.create_task(lifecycle.stopped())], return_when=asyncio.FIRST_COMPLETED)
@@ -107,6 +112,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         await server.stop()
         for task in background:
             task.cancel()
+        await index.close()
 
 
 def _register_views(

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from headrace.core.tenancy import ALL_TENANTS, Tenancy
-from headrace.settings import Count, Port, Secret
+from headrace.index.config import IndexConfig
+from headrace.index.connection import RedisConfig
+from headrace.settings import Between, Count, Port, Secret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +20,10 @@ class RouterConfig:
         http_port: Port of the OpenAI-compatible server.
         grpc_port: Port of the gRPC server.
         workers: host:port of every worker.
-        kvstore: host:port of the kvstore; None routes by load alone.
+        kvstores: host:port of every kvstore.
+        redis: Where the log of the shared index is; without it requests are routed by load alone.
+        index: How large the router's copy of the index may become.
+        drift_alarm: Share by which what the index promises and what is found may differ before that is an alarm.
         model: GGUF file or Hugging Face folder; the router reads its tokenizer and chat template.
         model_name: What requests call the model; None takes the name of the file or folder.
         cache_dir: Where parsed tokenizers are kept; None parses at every start.
@@ -39,7 +45,10 @@ class RouterConfig:
     http_port: Port = 8000
     grpc_port: Port = 50051
     workers: tuple[str, ...] = ()
-    kvstore: str | None = None
+    kvstores: tuple[str, ...] = ()
+    redis: RedisConfig = RedisConfig()
+    index: IndexConfig = IndexConfig()
+    drift_alarm: Annotated[float, Between(0.0, 1.0)] = 0.3
     model: Path
     model_name: str | None = None
     cache_dir: Path | None = None

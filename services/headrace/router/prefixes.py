@@ -1,47 +1,90 @@
-"""What the router asks of the kvstore's index. It is a hint: without an answer nobody holds anything."""
+"""What the router's copy of the index says of a prompt: a hint, from memory."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from headrace.clock import Clock
 from headrace.core.block import BlockHash
-from headrace.core.step_back import StepBack
-from headrace.errors import HeadraceError
-from headrace.runtime.channels import Channels, translate_errors
-from headrace.v1 import kvstore_pb2, kvstore_pb2_grpc
-
-logger = logging.getLogger(__name__)
-
-MATCH_TIMEOUT_S = 0.2
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 8.0
+from headrace.core.placement import Tier
+from headrace.core.request import CachedPrefix
+from headrace.core.segments import segments, store_of
+from headrace.index.prefix_index import PrefixIndex, PrefixMatch
 
 
-class PrefixQueries:
-    """Asks who holds how much of a prompt; a kvstore that stalls costs one request per pause its patience.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cached:
+    """Who holds how much of a prompt.
 
-    Args:
-        address: host:port of the kvstore.
-        channels: gRPC channels by address.
-        clock: Measures the pauses after failures.
+    Attributes:
+        by_worker: Leading blocks in each worker's own cache, by name; those with none are left out.
+        num_stored: Leading blocks that the kvstores hold between them.
+        sources: Where blocks can be fetched.
     """
 
-    def __init__(self, address: str, channels: Channels, clock: Clock) -> None:
-        self._address = address
-        self._channels = channels
-        self._step_back = StepBack(clock, FIRST_PAUSE_S, LONGEST_PAUSE_S)
+    by_worker: Mapping[str, int] = field(default_factory=dict)
+    num_stored: int = 0
+    sources: tuple[CachedPrefix, ...] = ()
 
-    async def match(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
-        """Return how many leading blocks each location holds, by name."""
-        if not hashes or not self._step_back.may_ask():
-            return {}
-        try:
-            async with translate_errors(self._address):
-                stub = kvstore_pb2_grpc.KvStoreServiceStub(self._channels.get(self._address))
-                answer = await stub.Match(kvstore_pb2.MatchRequest(block_hashes=hashes), timeout=MATCH_TIMEOUT_S)
-        except HeadraceError as error:
-            self._step_back.note_failure()
-            logger.info("kvstore not asked for a while", extra={"error": error.code})
-            return {}
-        self._step_back.note_answer()
-        return {match.location: match.num_blocks for match in answer.matches}
+    @property
+    def num_reachable(self) -> int:
+        """Leading blocks that any worker can have without computing them."""
+        return max(self.num_stored, *self.by_worker.values(), 0)
+
+
+NOTHING_CACHED = Cached()
+
+
+class Prefixes:
+    """Asks a copy of the index about the processes that answer now.
+
+    Args:
+        index: The copy.
+    """
+
+    def __init__(self, index: PrefixIndex) -> None:
+        self._index = index
+
+    def look_up(self, hashes: Sequence[BlockHash], workers: Mapping[str, str], stores: Mapping[str, str]) -> Cached:
+        """Return who holds how much of a prompt.
+
+        Args:
+            hashes: Of its full blocks, in order.
+            workers: host:port of usable workers, by name.
+            stores: host:port of usable kvstores, by name.
+        """
+        if not hashes:
+            return NOTHING_CACHED
+        found = {match.location: match for match in self._index.match(hashes)}
+        own = {name: found[name] for name in workers if name in found}
+        num_stored = self._index.pooled(hashes, stores.keys()) if stores else 0
+        peers = (_source(match, workers[name], 0, match.num_blocks) for name, match in own.items())
+        return Cached(
+            by_worker={name: match.num_blocks for name, match in own.items()},
+            num_stored=num_stored,
+            sources=(*peers, *self._stored(hashes[:num_stored], stores, found)),
+        )
+
+    def _stored(
+        self, hashes: Sequence[BlockHash], stores: Mapping[str, str], found: Mapping[str, PrefixMatch]
+    ) -> Iterable[CachedPrefix]:
+        """Return which store is to be asked for which blocks."""
+        if not hashes:
+            return ()
+        if len(stores) == 1:
+            ((name, address),) = stores.items()
+            return (_source(found[name], address, 0, len(hashes)),)
+        return tuple(self._by_segment(hashes, stores))
+
+    def _by_segment(self, hashes: Sequence[BlockHash], stores: Mapping[str, str]) -> Iterator[CachedPrefix]:
+        """Return where each segment is to be found; what lies elsewhere, because stores came or left, is not named."""
+        names = {address: name for name, address in stores.items()}
+        for segment in segments(hashes):
+            address = store_of(segment.key, tuple(names))
+            part = {match.location: match for match in self._index.match(hashes[segment.start : segment.end])}
+            match = part.get(names[address])
+            if match is not None:
+                yield _source(match, address, segment.start, segment.start + match.num_blocks)
+
+
+def _source(match: PrefixMatch, address: str, start: int, end: int) -> CachedPrefix:
+    tier = max((tier for tier, _, _ in match.counts), default=Tier.DRAM)
+    return CachedPrefix(location=match.location, address=address, tier=tier, start=start, end=end)

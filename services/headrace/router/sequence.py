@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, block_hashes, root_hash
@@ -24,8 +25,10 @@ from headrace.errors import (
     PeerMismatch,
     Saturated,
 )
+from headrace.router.drift import HitDrift
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
-from headrace.router.prefixes import PrefixQueries
+from headrace.router.prefixes import NOTHING_CACHED, Cached, Prefixes
+from headrace.router.tokens import off_loop
 from headrace.router.workers import Worker, WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
@@ -46,7 +49,8 @@ class SequenceParts:
 
     Attributes:
         tasks: Outlives every request.
-        prefixes: Asks the kvstore; None runs without one.
+        prefixes: What the index says; None routes by load alone.
+        drift: Hears how right it was.
         max_moves: How often a sequence may move after failures.
     """
 
@@ -54,7 +58,8 @@ class SequenceParts:
     channels: Channels
     clock: Clock
     tasks: asyncio.TaskGroup
-    prefixes: PrefixQueries | None
+    prefixes: Prefixes | None
+    drift: HitDrift
     max_moves: int
 
 
@@ -83,9 +88,8 @@ class SequenceRun:
         self._parts = parts
         self._spec = spec
         self._output: list[int] = list(spec.output)
-        self._hashes: tuple[BlockHash, ...] = ()
-        if parts.prefixes is not None:
-            self._hashes = block_hashes(root_hash(fingerprint, spec.cache_key), spec.prompt, block_tokens)
+        self._fingerprint = fingerprint
+        self._hashes: tuple[BlockHash, ...] | None = None
         self._block_tokens = block_tokens
         self._excluded: set[str] = set()
         self._full: set[str] = set()
@@ -128,22 +132,26 @@ class SequenceRun:
     async def _attempt(self) -> AsyncGenerator[TokenBatch, None]:
         # A name of its own per attempt: an earlier one may not have left its worker yet.
         name = SequenceId(f"{self._spec.sequence_id}.{secrets.token_hex(4)}")
-        spec = dataclasses.replace(self._spec, sequence_id=name, output=tuple(self._output))
-        route = await self._choose(spec)
+        # Asked first: between the look at the loads and the reservation nobody else may choose.
+        cached = await self._look_up()
+        spec = dataclasses.replace(self._spec, sequence_id=name, output=tuple(self._output), sources=cached.sources)
+        route = self._choose(spec, cached)
         self._prefill_failure = None
         try:
             self._reserve(route, spec)
             async with aclosing(self._decode(route, spec)) as batches:
+                is_first = True
                 async for batch in batches:
+                    if is_first:
+                        self._note_drift(cached, batch.cached_tokens)
+                        is_first = False
                     yield batch
         finally:
             self._parts.table.release(route.decode, spec.sequence_id)
             if route.prefill is not None:
                 self._parts.table.release(route.prefill, spec.sequence_id)
 
-    async def _choose(self, spec: SequenceSpec) -> Route:
-        # Asked first: between the look at the loads and the reservation nobody else may choose.
-        cached_tokens = await self._cached_tokens()
+    def _choose(self, spec: SequenceSpec, cached: Cached) -> Route:
         views = [worker.view() for worker in self._parts.table.usable()]
         if (self._excluded | self._full).issuperset(view.name for view in views):
             self._excluded.clear()
@@ -151,17 +159,31 @@ class SequenceRun:
         facts = RouteInput(
             key=spec.sequence_id,
             num_tokens=len(spec.tokens),
-            cached_tokens=cached_tokens,
+            cached_tokens={name: count * self._block_tokens for name, count in cached.by_worker.items()},
+            reachable_tokens=cached.num_reachable * self._block_tokens,
             excluded=excluded,
         )
         return choose_route(views, facts)
 
-    async def _cached_tokens(self) -> dict[str, int]:
-        """Ask the index who holds how much of the prompt; no answer means nobody."""
-        if self._parts.prefixes is None:
-            return {}
-        num_blocks = await self._parts.prefixes.match(self._hashes)
-        return {name: count * self._block_tokens for name, count in num_blocks.items()}
+    async def _look_up(self) -> Cached:
+        """Return who holds how much of the prompt, by the index."""
+        parts = self._parts
+        if parts.prefixes is None:
+            return NOTHING_CACHED
+        if self._hashes is None:
+            root, prompt = root_hash(self._fingerprint, self._spec.cache_key), self._spec.prompt
+            # Eight thousand blocks take ten milliseconds, in which no stream would go on.
+            work = partial(block_hashes, root, prompt, self._block_tokens)
+            self._hashes = await off_loop(len(prompt), work)
+        workers = {worker.name: worker.address for worker in parts.table.usable()}
+        stores = {store.name: store.address for store in parts.table.stores()}
+        return parts.prefixes.look_up(self._hashes, workers, stores)
+
+    def _note_drift(self, cached: Cached, actual: int) -> None:
+        """Compare what the index promised with what was reused; the last known token is never reused."""
+        if self._parts.prefixes is not None:
+            usable = (len(self._spec.tokens) - 1) // self._block_tokens
+            self._parts.drift.note(min(cached.num_reachable, usable) * self._block_tokens, actual)
 
     def _reserve(self, route: Route, spec: SequenceSpec) -> None:
         num_tokens = len(spec.tokens)

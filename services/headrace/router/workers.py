@@ -70,7 +70,7 @@ class WorkerTable:
 
     Args:
         name: Name of the router.
-        addresses: Workers and the kvstore.
+        addresses: Workers and kvstores.
         channels: gRPC channels by address.
         clock: Ages reservations.
         report_timeout_s: Silence after which a worker counts as dead.
@@ -98,7 +98,13 @@ class WorkerTable:
 
     def usable(self) -> list[Worker]:
         """Return the workers that may get work."""
-        roles = (cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE, cluster_pb2.ROLE_HYBRID)
+        return self._usable(cluster_pb2.ROLE_PREFILL, cluster_pb2.ROLE_DECODE, cluster_pb2.ROLE_HYBRID)
+
+    def stores(self) -> list[Worker]:
+        """Return the kvstores that can be asked for blocks."""
+        return self._usable(cluster_pb2.ROLE_KVSTORE)
+
+    def _usable(self, *roles: "cluster_pb2.Role.ValueType") -> list[Worker]:
         return [
             member
             for member in self.members.values()

@@ -25,12 +25,14 @@ from headrace.engine.engine import Engine, EngineConfig
 from headrace.engine.messages import EngineCommand, EngineEvent, EngineStats, Open
 from headrace.engine.scheduler import FirstComeFirstServed
 from headrace.engine.thread import EngineThread
+from headrace.index.prefix_index import PrefixIndex
 from headrace.kvstore.config import KvStoreConfig
 from headrace.prefill.job import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
-from headrace.router.prefixes import PrefixQueries
+from headrace.router.drift import HitDrift
+from headrace.router.prefixes import Prefixes
 from headrace.router.sequence import SequenceParts, SequenceRun
 from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels
@@ -294,6 +296,7 @@ class Fleet:
     Attributes:
         workers: By name.
         live: The front door.
+        index: What the router believes of caches; empty unless a test tells it.
         on_tick: Hears the name of every step of the protocol; may be called on an engine's thread.
     """
 
@@ -303,6 +306,7 @@ class Fleet:
         self.channels, self.store_channels = Channels(), Channels()
         self.workers: dict[str, FleetWorker] = {}
         self.kvstore: str | None = None
+        self.index = PrefixIndex(budget_bytes=1 << 20, max_locations=64)
         self.on_tick: Tick = lambda _: None
         self.table: WorkerTable
         self.parts: SequenceParts
@@ -337,7 +341,8 @@ class Fleet:
             channels=self.channels,
             clock=self.clock,
             tasks=self.tasks,
-            prefixes=PrefixQueries(self.kvstore, self.channels, self.clock) if self.kvstore is not None else None,
+            prefixes=Prefixes(self.index) if self.kvstore is not None else None,
+            drift=HitDrift(alarm_at=0.3),
             max_moves=3,
         )
         config = RouterConfig(
