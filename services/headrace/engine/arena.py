@@ -5,6 +5,7 @@ import mmap
 import torch
 
 from headrace.core.block import BlockId, KvLayout
+from headrace.runtime.host_memory import map_host_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,4 +58,4 @@ def _zeros(size_bytes: int, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cpu":
         return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    return torch.frombuffer(map_host_memory(size_bytes), dtype=torch.uint8)

@@ -1,10 +1,11 @@
 """Memory that is registered once and cut into blocks."""
 
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from headrace.runtime.host_memory import map_host_memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,5 @@ def map_blocks(num_blocks: int, block_bytes: int) -> NDArray[np.uint8]:
         OSError: the system refuses that much memory.
     """
     # A mapping of its own rather than np.zeros: page aligned, so that a transport pins no page of somebody else.
-    # Private: first touch takes 0.68 of the time of a shared mapping. Huge pages (madvise) took 3.2 times as long
-    # to touch as small ones, and gained nothing beyond noise in copying blocks (2-core EPYC, 2026-11-22).
-    memory = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = map_host_memory(num_blocks * block_bytes)
     return np.frombuffer(memory, dtype=np.uint8).reshape(num_blocks, block_bytes)
