@@ -1,72 +1,95 @@
-"""Fetch a shared prefix from the kvstore, against computing it again."""
+"""Reuse a prefix that the prefill worker itself has lost, against computing it again, over lengths of the prefix."""
 
 import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import compare, report
+from harness import Ratio, compare, report
 from measure import fresh_tokens, seconds_to_token
 
 from headrace.testing.cluster import LocalCluster, wait_until
+from headrace.v1 import cluster_pb2
 
-PREFIX_TOKENS = 2048
+PREFIXES = (128, 512, 2048, 4096, 8000)
 OWN_TOKENS = 64
-BLOCK_BYTES = 30 * 2 * 16 * 3 * 64 * 2
-POOL_BLOCKS = 160
-"""Room for one prompt only: the next one pushes its blocks out of the prefill worker's own cache."""
+BLOCK_TOKENS = 16
+BLOCK_BYTES = 30 * 2 * BLOCK_TOKENS * 3 * 64 * 2
+SPARE_BLOCKS = 24
+WORKER = "prefill-0"
 
 
-def bench(pairs: int, seed: int, results: Path | None) -> None:
-    """Time the first token after a 2k prefix that only the kvstore still holds."""
-    settings = (f"prefill-0.kv_memory_bytes={POOL_BLOCKS * BLOCK_BYTES}", "kvstore.memory_bytes=1073741824")
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LocalCluster(Path(folder), dtype="bf16", settings=settings) as cluster,
-    ):
-        address = cluster.grpc
+class Bench:
+    """A cluster whose prefill worker has room for one prompt: the next one pushes its blocks out."""
 
-        def computed() -> int:
-            return sum(member.load.computed_tokens for member in cluster.members().values())
+    def __init__(self, cluster: LocalCluster, num_prefix: int) -> None:
+        self._cluster = cluster
+        self._num_prefix = num_prefix
+        self.work: dict[str, float] = {"tokens of the prompt": num_prefix + OWN_TOKENS}
 
-        def fresh(pair: int) -> float:
-            return seconds_to_token(address, fresh_tokens(10_000 + pair, PREFIX_TOKENS + OWN_TOKENS), 0)
+    def recompute(self, pair: int) -> float:
+        """Return the seconds to the first token of a prompt that nobody has seen."""
+        return self._seconds(fresh_tokens(10_000 + pair, self._num_prefix + OWN_TOKENS))
 
-        def hit(pair: int) -> float:
-            prefix = fresh_tokens(20_000 + pair, PREFIX_TOKENS)
-            seconds_to_token(address, prefix + fresh_tokens(30_000 + pair, OWN_TOKENS), 0)
-            seconds_to_token(address, fresh_tokens(40_000 + pair, PREFIX_TOKENS), 0)  # Pushes the prefix out.
-            cluster.wait_quiet()
-            before = computed()
-            took_s = seconds_to_token(address, prefix + fresh_tokens(50_000 + pair, OWN_TOKENS), 0)
-            _settled(cluster, computed, before)
-            work["tokens computed on a hit"] = computed() - before
-            return took_s
+    def hit(self, pair: int) -> float:
+        """Return the seconds to the first token after a prefix that others hold."""
+        prefix = fresh_tokens(20_000 + pair, self._num_prefix)
+        self._seconds(prefix + fresh_tokens(30_000 + pair, OWN_TOKENS))
+        self._settle(lambda before: self._load().reuse.num_stored_blocks > before.reuse.num_stored_blocks)
+        self._seconds(fresh_tokens(40_000 + pair, self._num_prefix + OWN_TOKENS))  # Pushes the prefix out.
+        self._cluster.wait_quiet()
+        before = self._load()
+        took_s = self._seconds(prefix + fresh_tokens(50_000 + pair, OWN_TOKENS))
+        wait_until(
+            lambda: self._load().computed_tokens > before.computed_tokens, 5.0, lambda: "no tokens were reported"
+        )
+        after = self._load()
+        self.work["tokens computed on a hit"] = after.computed_tokens - before.computed_tokens
+        self.work["tokens from peers"] = after.reuse.peer_tokens - before.reuse.peer_tokens
+        self.work["tokens from the store"] = after.reuse.dram_tokens - before.reuse.dram_tokens
+        return took_s
 
-        work: dict[str, float] = {"tokens computed without": PREFIX_TOKENS + OWN_TOKENS}
-        fresh(seed - 1)
-        hit(seed - 1)
-        ratio = compare(
-            f"first token after a {PREFIX_TOKENS}-token prefix and {OWN_TOKENS} own tokens, bf16",
-            baseline=("recompute", fresh),
-            candidate=("fetch from the kvstore", hit),
+    def _seconds(self, prompt: list[int]) -> float:
+        return seconds_to_token(self._cluster.grpc, prompt, 0)
+
+    def _load(self) -> cluster_pb2.LoadReport:
+        return self._cluster.members()[WORKER].load
+
+    def _settle(self, is_done: Callable[[cluster_pb2.LoadReport], bool]) -> None:
+        """Wait until the blocks of the last prompt are stored; a small prompt may have been stored before it ended."""
+        before = self._load()
+        try:
+            wait_until(lambda: is_done(before), 1.0, lambda: "")
+        except AssertionError:
+            pass
+        self._cluster.wait_quiet()
+
+
+def bench(num_prefix: int, pairs: int, seed: int) -> Ratio:
+    """Compare both ways for one length."""
+    num_blocks = (num_prefix + OWN_TOKENS) // BLOCK_TOKENS + SPARE_BLOCKS
+    settings = (f"{WORKER}.kv_memory_bytes={num_blocks * BLOCK_BYTES}",)
+    with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder), dtype="auto", settings=settings) as found:
+        run = Bench(found, num_prefix)
+        for warm in range(3):  # Lanes are measured by the first fetches.
+            run.hit(seed - 10 + warm)
+        run.recompute(seed - 1)
+        return compare(
+            f"first token after a prefix of {num_prefix} tokens and {OWN_TOKENS} own ones",
+            baseline=("recompute", run.recompute),
+            candidate=("fetch", run.hit),
             pairs=pairs,
             seed=seed,
-            work=lambda: work,
+            work=lambda: run.work,
         )
-    report(ratio, results)
-
-
-def _settled(cluster: LocalCluster, computed: Callable[[], int], before: int) -> None:
-    """Wait until the counters of the last request have been reported."""
-    wait_until(lambda: computed() > before, 5.0, lambda: "no tokens were reported")
-    cluster.wait_quiet()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prefixes", type=int, nargs="*", default=PREFIXES)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
-    bench(options.pairs, options.seed, options.results)
+    for length in options.prefixes:
+        report(bench(length, options.pairs, options.seed), options.results)

@@ -15,7 +15,7 @@ from headrace.core.bandwidth import LaneSpeed
 from headrace.core.cost import CostModel
 from headrace.core.placement import Tier
 
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 16 << 20
 """Bytes of one READ: enough for full speed, and all that can be lost at once, for a READ cannot be aborted."""
 
 LOSS_SHARE = 0.03
