@@ -143,8 +143,8 @@ def test_a_fetch_ends_before_the_deadline():
     assert plan.predicted_fetch_s <= remaining_s
 
 
-def test_a_read_takes_a_few_mebibytes_but_at_least_one_block():
-    assert plan_fetch(PROMPT, CPU, [source()]).group_blocks == 64
+def test_a_read_takes_sixteen_mebibytes_but_at_least_one_block():
+    assert plan_fetch(PROMPT, CPU, [source()]).group_blocks == 256
     assert plan_fetch(replace(PROMPT, block_bytes=1 << 30), CPU, [source()]).group_blocks == 1
 
 
@@ -261,7 +261,7 @@ def test_no_patience_outlasts_the_deadline():
 
 def test_patience_is_two_first_groups_and_a_small_share_of_the_prompt():
     plan = plan_fetch(PROMPT, CPU, [source()])
-    assert plan.patience_s == pytest.approx(2 * FAST.seconds(64 << 16) + 0.03 * CPU.prefill(1601))
+    assert plan.patience_s == pytest.approx(2 * FAST.seconds(100 << 16) + 0.03 * CPU.prefill(1601))
 
 
 def test_a_fetch_is_regretted_when_computing_would_have_been_faster():
