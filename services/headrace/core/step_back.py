@@ -23,6 +23,11 @@ class StepBack:
         self._next_s = 0.0
         self._is_asked = False
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether nobody may ask now; unlike `may_ask` it changes nothing."""
+        return bool(self._pause_s) and self._clock.now() < self._next_s
+
     def may_ask(self) -> bool:
         """Return whether to ask now; whoever gets True in doubt asks for all others."""
         if not self._pause_s:

@@ -22,7 +22,7 @@ class BlockCache:
     def __init__(self, num_blocks: int, block_tokens: int, *, describes_stored: bool = False) -> None:
         self.ledger = BlockLedger(num_blocks)
         self.block_tokens = block_tokens
-        self._stored: list[BlockHash] = []
+        self._stored: dict[BlockHash, bool] = {}
         self._described: dict[BlockHash, ChainedBlock] | None = {} if describes_stored else None
 
     def counts(self) -> LedgerCounts:
@@ -71,7 +71,7 @@ class BlockCache:
             block_hash = sequence.hashes[index]
             is_new = self.ledger.lookup(block_hash) is None
             if self.ledger.name(sequence.blocks[index], block_hash) and is_new:
-                self._stored.append(block_hash)
+                self._stored[block_hash] = index >= len(sequence.spec.tokens) // self.block_tokens
                 if self._described is not None:
                     self._described[block_hash] = self._describe(sequence, index)
         sequence.num_named = num_full
@@ -89,15 +89,16 @@ class BlockCache:
         evicted, named = self.ledger.take_evicted(), self._stored
         if not evicted and not named:
             return None
-        self._stored = []
+        self._stored = {}
         # A block may have come and gone, or gone and come back, since the last call: what is true now counts.
-        stored = tuple(block for block in dict.fromkeys(named) if self.ledger.lookup(block) is not None)
+        stored = tuple(block for block in named if self.ledger.lookup(block) is not None)
+        decoded = tuple(block for block in stored if named[block])
         removed = tuple(block for block in dict.fromkeys(evicted) if self.ledger.lookup(block) is None)
         if self._described is None:
-            return CacheChange(stored=stored, removed=removed)
+            return CacheChange(stored=stored, decoded=decoded, removed=removed)
         described = tuple(self._described[block] for block in stored)
         self._described.clear()
-        return CacheChange(stored=stored, removed=removed, described=described)
+        return CacheChange(stored=stored, decoded=decoded, removed=removed, described=described)
 
     def _describe(self, sequence: Sequence, index: int) -> ChainedBlock:
         return ChainedBlock(

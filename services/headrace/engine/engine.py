@@ -24,6 +24,7 @@ from headrace.engine.messages import (
     Failed,
     Goal,
     HoldWriter,
+    Keep,
     ListHolders,
     Open,
     Pin,
@@ -138,6 +139,8 @@ class Engine:
                 self._open(command)
             case Begin():
                 self._begin(command)
+            case Keep():
+                self._keep(command)
             case Close(sequence_id=sequence_id):
                 self._drop(sequence_id)
             case Pin():
@@ -256,6 +259,12 @@ class Engine:
             first = command.first
             chosen = Chosen(token_id=first.token_id, logprob=first.logprob, top_logprobs=first.top_logprobs)
             self._append(sequence, chosen)
+
+    def _keep(self, command: Keep) -> None:
+        sequence = self._sequences.get(command.sequence_id)
+        if sequence is not None and sequence.state is State.HELD:
+            sequence.place(max(sequence.kv_length, min(command.num_present, len(sequence.tokens))))
+            self._cache.name_full_blocks(sequence)
 
     def _pin(self, command: Pin) -> None:
         ledger, lease_id = self._cache.ledger, _pin_lease(command.lease_id)

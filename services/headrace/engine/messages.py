@@ -105,6 +105,18 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """KV has landed in the blocks of an admitted sequence that cannot go on: others may find it after its Close.
+
+    Attributes:
+        num_present: Leading tokens whose KV is in its blocks.
+    """
+
+    sequence_id: SequenceId
+    num_present: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     """End a sequence in any state and drop its lease; unknown ids are ignored."""
 
@@ -179,7 +191,9 @@ class ListHolders:
     reply: Callable[[tuple[Holder, ...]], None]
 
 
-EngineCommand: TypeAlias = Open | Begin | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
+EngineCommand: TypeAlias = (
+    Open | Begin | Keep | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,10 +201,12 @@ class CacheChange:
     """Full blocks that came into or left the local prefix cache, for the global index.
 
     Attributes:
+        decoded: Those of the stored blocks that hold tokens which were generated here.
         described: The stored blocks with their tokens, where the engine is asked for that.
     """
 
     stored: tuple[BlockHash, ...] = ()
+    decoded: tuple[BlockHash, ...] = ()
     removed: tuple[BlockHash, ...] = ()
     described: tuple[ChainedBlock, ...] = ()
 

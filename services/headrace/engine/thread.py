@@ -13,6 +13,7 @@ from headrace.engine.messages import (
     EngineStats,
     Failed,
     HoldWriter,
+    Keep,
     ListHolders,
     Open,
     Pin,
@@ -71,7 +72,7 @@ class EngineThread:
             Draining: the engine has been told to stop, or has stopped on a bug.
         """
         with self._wake:
-            if isinstance(command, Open | Begin | Pin | HoldWriter | Quarantine | ListHolders):
+            if isinstance(command, Open | Begin | Keep | Pin | HoldWriter | Quarantine | ListHolders):
                 self._require_room()
             self._commands.append(command)
             self._wake.notify()
