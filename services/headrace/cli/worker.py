@@ -52,12 +52,15 @@ from headrace.transfer.arena import Arena
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 from headrace.transfer.nixl import NixlConnector
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, pool_pb2_grpc, prefill_pb2_grpc
-from headrace.worker.blocks import BlockExchange, ExchangeParts
+from headrace.worker.announcing import Announcer, publications
+from headrace.worker.blocks import BlockExchange
 from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
+from headrace.worker.digests import BlockDigests
 from headrace.worker.engine import AsyncEngine
-from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts
 from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
+from headrace.worker.pool_link import LinkParts, PoolCaller
 from headrace.worker.pool_service import PoolServicer
 from headrace.worker.process import MemberParts, WorkerMember
 from headrace.worker.reads import Reads
@@ -194,14 +197,14 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         connector = NixlConnector(transport, _transfer_arena(machine.arena), epoch, WallClock())
         parts = _assemble(config, machine, shape, connector, channels, tasks)
-        member = WorkerMember(parts.member, parts.peers, begin_drain=partial(lifecycle.stop, "drain"))
+        member = WorkerMember(parts.member, parts.peers, parts.blocks, begin_drain=partial(lifecycle.stop, "drain"))
         server = _server(config, parts, member)
         await server.start()
         parts.thread.start()
         background = [
             tasks.create_task(member.keep_ready(server)),
             tasks.create_task(parts.blocks.run_stores()),
-            tasks.create_task(parts.blocks.run_announcements()),
+            tasks.create_task(parts.announcer.run()),
             tasks.create_task(parts.reservations.run_expiry()),
             tasks.create_task(_watch(parts.thread, lifecycle)),
         ]
@@ -214,6 +217,7 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport
         await server.stop()
         for task in background:
             task.cancel()
+        await parts.announcer.close()
         await asyncio.to_thread(parts.thread.stop)
 
 
@@ -238,6 +242,8 @@ class Parts:
     connector: NixlConnector
     peers: Peers
     blocks: BlockExchange
+    digests: BlockDigests
+    announcer: Announcer
     reservations: Reservations
     member: MemberParts
     prefill: PrefillParts
@@ -268,16 +274,15 @@ def _assemble(
     )
     peers = Peers(connector, channels, member.introduce, machine.fingerprint)
     lifetimes = Lifetimes(channels, member.introduce)
-    client = None
-    if config.kvstore is not None:
-        caller = StoreCaller(
-            name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=machine.runner.layout
-        )
-        client = KvClient(config.kvstore, channels, connector, peers, caller, clock)
-    size = config.block_tokens
-    exchange = ExchangeParts(engine=engine, connector=connector, tasks=tasks, clock=clock, block_tokens=size)
-    blocks = BlockExchange(exchange, client, machine.fingerprint, config.transfer_deadline_s)
-    changes.listener = blocks.note_change
+    digests = BlockDigests(machine.runner.layout, config.digest_share, machine.arena.block_bytes_of)
+    links = LinkParts(
+        channels=channels, connector=connector, peers=peers, caller=_caller(config, machine, epoch), clock=clock
+    )
+    exchange = ExchangeParts(engine=engine, tasks=tasks, links=links, digests=digests)
+    blocks = BlockExchange(exchange, exchange_config(config, machine.cost))
+    announcer = Announcer(digests, publications(config, epoch, machine.fingerprint, clock))
+    changes.listener = announcer.note
+    blocks.fetcher.on_corrupt = announcer.note_corrupt
     prefill = PrefillParts(
         engine=engine,
         connector=connector,
@@ -289,7 +294,7 @@ def _assemble(
         tasks=tasks,
         address=_address(config),
         epoch=epoch,
-        block_tokens=size,
+        block_tokens=config.block_tokens,
         block_bytes=machine.arena.block_bytes,
         transfer_deadline_s=config.transfer_deadline_s,
         push_whole=config.push_whole,
@@ -299,9 +304,28 @@ def _assemble(
         connector=connector,
         peers=peers,
         blocks=blocks,
+        digests=digests,
+        announcer=announcer,
         reservations=Reservations(engine, clock, epoch, lifetimes),
         member=member,
         prefill=prefill,
+    )
+
+
+def _caller(config: WorkerConfig, machine: Machine, epoch: str) -> PoolCaller:
+    layout = machine.runner.layout
+    return PoolCaller(name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=layout)
+
+
+def exchange_config(config: WorkerConfig, cost: CostModel | None) -> ExchangeConfig:
+    """Return how a worker fetches and stores blocks."""
+    return ExchangeConfig(
+        stores=config.kvstores,
+        deadline_s=config.transfer_deadline_s,
+        cost=cost,
+        chunk_tokens=config.token_budget,
+        stores_blocks=config.store_blocks,
+        store_bytes_per_s=config.store_bytes_per_s,
     )
 
 
@@ -320,13 +344,14 @@ def _server(config: WorkerConfig, parts: Parts, member: WorkerMember) -> GrpcSer
     server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
     server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, decode)
     server.add(prefill_pb2_grpc.add_PrefillServiceServicer_to_server, PrefillServicer(parts.prefill))
-    server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, _pool_servicer(parts.member))
+    server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, _pool_servicer(parts))
     return server
 
 
-def _pool_servicer(parts: MemberParts) -> PoolServicer:
-    reads = Reads(parts.engine, parts.clock, parts.epoch, lambda: secrets.token_hex(16))
-    return PoolServicer(reads, parts)
+def _pool_servicer(parts: Parts) -> PoolServicer:
+    member = parts.member
+    reads = Reads(member.engine, member.clock, member.epoch, lambda: secrets.token_hex(16))
+    return PoolServicer(reads, member, parts.digests, parts.announcer.note_corrupt)
 
 
 class CacheChanges:
@@ -360,6 +385,7 @@ def build_engine(
         max_running=config.max_running,
         fingerprint=machine.fingerprint,
         cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
+        describes_stored=bool(config.vllm_events.endpoint),
     )
     order = FirstComeFirstServed()
     return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=on_cache_change)

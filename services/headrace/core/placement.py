@@ -50,3 +50,5 @@ class Origin:
 
 
 EXACT = Origin()
+
+DECODED = Origin(provenance=Provenance.DECODED)

@@ -92,5 +92,6 @@ class DecodeJob:
                 yield Tokens(tokens=tokens, cached_tokens=cached_tokens)
                 if tokens[-1].finish is not None:
                     known = (*self._spec.tokens, *answer)
-                    self._parts.blocks.store_later(self._parts.blocks.hashes(known, self._spec.cache_key))
+                    hashes = self._parts.blocks.hashes(known, self._spec.cache_key)
+                    self._parts.blocks.store_later(self._spec, hashes)
                     return

@@ -2,7 +2,9 @@
 
 import mmap
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from headrace.core.block import BlockId, KvLayout
 from headrace.runtime.host_memory import map_host_memory
@@ -49,6 +51,11 @@ class KvArena:
     def block_bytes(self) -> int:
         """Bytes from one block to the next."""
         return self.layout.block_bytes
+
+    def block_bytes_of(self, block: BlockId) -> NDArray[np.uint8]:
+        """Return the bytes of a block, `[block_bytes]`, uint8: on a CPU they themselves, else a copy."""
+        flat: NDArray[np.uint8] = self.data[block].view(torch.uint8).cpu().numpy().reshape(-1)
+        return flat
 
 
 def _zeros(size_bytes: int, device: torch.device) -> torch.Tensor:

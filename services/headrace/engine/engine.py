@@ -143,6 +143,11 @@ class Engine:
                 self._keep(command)
             case Close(sequence_id=sequence_id):
                 self._drop(sequence_id)
+            case _:
+                self._apply_to_ledger(command)
+
+    def _apply_to_ledger(self, command: Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders) -> None:
+        match command:
             case Pin():
                 self._pin(command)
             case Unpin(lease_id=lease_id):

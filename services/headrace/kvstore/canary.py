@@ -18,8 +18,10 @@ from headrace.transfer.arena import map_blocks
 from headrace.transfer.connector import Connector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
-from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.digests import BlockDigests
+from headrace.worker.kv_client import KvClient
 from headrace.worker.peers import Peers
+from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
 TIMEOUT_S = 5.0
 
@@ -112,9 +114,10 @@ class Canary:
         self._num_clients += 1
         store, blocks = self._actor.connector, map_blocks(2, layout.block_bytes)
         connector = await asyncio.to_thread(self._connect, blocks, self._num_clients)
-        caller = StoreCaller(name=self._name, epoch=connector.pool.epoch, fingerprint="", layout=layout)
+        caller = PoolCaller(name=self._name, epoch=connector.pool.epoch, fingerprint="", layout=layout)
         peers = Peers(connector, self._channels, lambda: self._introduce(connector), "")
-        kv = KvClient(address, self._channels, connector, peers, caller, self._clock)
+        links = LinkParts(channels=self._channels, connector=connector, peers=peers, caller=caller, clock=self._clock)
+        kv = KvClient(PoolLink(address, links), BlockDigests(layout, 1.0, blocks.__getitem__))
         return _Client(kv=kv, connector=connector, blocks=blocks, store=store)
 
     def _introduce(self, connector: Connector) -> cluster_pb2.HandshakeRequest:

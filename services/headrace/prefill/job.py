@@ -110,7 +110,7 @@ class PrefillJob:
                 self._local = sequence.admitted.block_ids
                 self._check_lease()
                 await self._compute_and_push(sequence)
-            self._parts.blocks.store_later(sequence.admitted.block_hashes)
+            self._parts.blocks.store_later(self._spec, sequence.admitted.block_hashes)
         except BaseException as error:
             self._report_when_settled(error.code if isinstance(error, HeadraceError) else "cancelled")
             raise

@@ -55,6 +55,27 @@ _WORKER_COUNTERS: dict[str, tuple[str, _Reading]] = {
     "computed_tokens": ("Tokens computed, not reused.", lambda load: load.computed_tokens),
     "transferred_bytes": ("Bytes moved by transfers.", lambda load: load.transferred_bytes),
 }
+_REUSE_COUNTERS: dict[str, tuple[str, _Reading]] = {
+    "reuse_local_tokens": ("Prompt tokens found in the own cache.", lambda load: load.reuse.local_tokens),
+    "reuse_peer_tokens": ("Prompt tokens read from other workers.", lambda load: load.reuse.peer_tokens),
+    "reuse_dram_tokens": ("Prompt tokens read from memory of kvstores.", lambda load: load.reuse.dram_tokens),
+    "reuse_disk_tokens": ("Prompt tokens read from disk of kvstores.", lambda load: load.reuse.disk_tokens),
+    "reuse_declined_tokens": (
+        "Prompt tokens held elsewhere and computed, for that was expected to be faster.",
+        lambda load: load.reuse.declined_tokens,
+    ),
+    "reuse_regretted": ("Fetches that took longer than computing.", lambda load: load.reuse.num_regretted),
+    "reuse_regretted_seconds": ("Seconds by which they did.", lambda load: load.reuse.regretted_s),
+    "reuse_corrupt_blocks": (
+        "Fetched blocks whose bytes differed from their digest.",
+        lambda load: load.reuse.num_corrupt_blocks,
+    ),
+    "reuse_stored_blocks": ("Blocks put into kvstores.", lambda load: load.reuse.num_stored_blocks),
+    "reuse_dropped_blocks": (
+        "Blocks not put because too many waited.",
+        lambda load: load.reuse.num_dropped_blocks,
+    ),
+}
 _VLLM_GAUGES: dict[str, tuple[str, _Reading]] = {
     "vllm:num_requests_running": ("Sequences in the running batch.", lambda load: load.num_running),
     "vllm:num_requests_waiting": ("Sequences waiting.", lambda load: load.num_waiting),
@@ -185,11 +206,13 @@ class ClusterCollector(Collector):
                 for member in shown:
                     gauge.add_metric([member.load.name, member.role], read(member.load))
                 yield gauge
-        for name, (text, read) in _WORKER_COUNTERS.items():
-            counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
-            for member in members:
-                counter.add_metric([member.load.name, member.role], read(member.load))
-            yield counter
+        reusing = tuple(member for member in members if member.load.HasField("reuse"))
+        for counters, shown in ((_WORKER_COUNTERS, members), (_REUSE_COUNTERS, reusing)):
+            for name, (text, read) in counters.items():
+                counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
+                for member in shown:
+                    counter.add_metric([member.load.name, member.role], read(member.load))
+                yield counter
         engines = [member.load for member in members if member.role != "kvstore"]
         for name, (text, read) in _VLLM_GAUGES.items():
             alias = GaugeMetricFamily(name, text, labels=["model_name", "engine"])

@@ -4,6 +4,7 @@ Only what would need a GPU, NIXL or a second process is fake; gRPC runs over loo
 """
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,17 +17,19 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from headrace.clock import Clock, WallClock
+from headrace.core.cost import CostModel
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec, Token
 from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.batch import Batch
 from headrace.engine.engine import Engine, EngineConfig
-from headrace.engine.messages import EngineCommand, EngineEvent, EngineStats, Open
+from headrace.engine.messages import CacheChange, EngineCommand, EngineEvent, EngineStats, Open
 from headrace.engine.scheduler import FirstComeFirstServed
 from headrace.engine.thread import EngineThread
 from headrace.index.prefix_index import PrefixIndex
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.member import KvStoreParts
 from headrace.prefill.job import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.router.actor import LiveRequests
@@ -46,12 +49,15 @@ from headrace.testing.lane import FaultyLane
 from headrace.testing.runner import FakeRunner
 from headrace.testing.text import byte_text_model
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, pool_pb2_grpc, prefill_pb2_grpc
-from headrace.worker.blocks import BlockExchange, ExchangeParts
+from headrace.worker.announcing import Announcer
+from headrace.worker.blocks import BlockExchange
 from headrace.worker.config import WorkerConfig, WorkerRole
+from headrace.worker.digests import BlockDigests
 from headrace.worker.engine import AsyncEngine
-from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts
 from headrace.worker.lifetimes import Lifetimes
 from headrace.worker.peers import Peers
+from headrace.worker.pool_link import LinkParts, PoolCaller
 from headrace.worker.pool_service import PoolServicer
 from headrace.worker.process import MemberParts, WorkerMember
 from headrace.worker.reads import Reads
@@ -160,11 +166,12 @@ class FleetWorker:
                 order=FirstComeFirstServed(),
                 shape=ChunkedShape(),
                 clock=clock,
-                on_cache_change=lambda _: None,
+                on_cache_change=self._note_change,
             ),
             clock,
         )
-        self.engine = AsyncEngine(TappedPort(self.thread, name, fleet.tick), asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        self.engine = AsyncEngine(TappedPort(self.thread, name, fleet.tick), self._loop)
         self.connector = TappedConnector(fleet.fabric, self.epoch, self.runner.blocks, self.epoch, clock)
         self.connector.tick = lambda what: fleet.tick(f"{name} {what}")
         self.config = WorkerConfig(name=name, role=role, model=Path("fake"))
@@ -179,28 +186,27 @@ class FleetWorker:
             clock=clock,
         )
         self.peers = Peers(self.connector, self._channels, self._parts.introduce, fingerprint)
-        self.blocks = BlockExchange(
-            ExchangeParts(
-                engine=self.engine, connector=self.connector, tasks=tasks, clock=clock, block_tokens=BLOCK_TOKENS
-            ),
-            self._kv_client(fleet),
-            FINGERPRINT,
-            deadline_s=2.0,
-        )
+        self.digests = BlockDigests(self.runner.layout, fleet.shape.digest_share, self.runner.blocks.__getitem__)
+        self.blocks = BlockExchange(self._exchange(fleet), self._exchange_config(fleet))
+        self.announcer = Announcer(self.digests)
         self.lifetimes = Lifetimes(self._channels, self._parts.introduce)
         self.reservations = Reservations(self.engine, clock, self.epoch, self.lifetimes)
         self._tasks = tasks
         self._expiry: asyncio.Task[None] | None = None
         self.prefill = self._prefill_parts(fleet)
-        self.member = WorkerMember(self._parts, self.peers, begin_drain=lambda _: None)
+        self.member = WorkerMember(self._parts, self.peers, self.blocks, begin_drain=lambda _: None)
         self.member.not_ready_reason = ""
         self.server = GrpcServer(name, "127.0.0.1", 0, new_work=NEW_WORK)
 
-    def _kv_client(self, fleet: "Fleet") -> KvClient | None:
-        if fleet.kvstore is None:
-            return None
-        caller = StoreCaller(name=self.name, epoch=self.epoch, fingerprint=FINGERPRINT, layout=self.runner.layout)
-        return KvClient(fleet.kvstore, self._channels, self.connector, self.peers, caller, fleet.clock)
+    def _exchange(self, fleet: "Fleet") -> ExchangeParts:
+        caller = PoolCaller(name=self.name, epoch=self.epoch, fingerprint=FINGERPRINT, layout=self.runner.layout)
+        links = LinkParts(
+            channels=self._channels, connector=self.connector, peers=self.peers, caller=caller, clock=fleet.clock
+        )
+        return ExchangeParts(engine=self.engine, tasks=fleet.tasks, links=links, digests=self.digests)
+
+    def _exchange_config(self, fleet: "Fleet") -> ExchangeConfig:
+        return ExchangeConfig(stores=fleet.kvstores, deadline_s=2.0, cost=fleet.shape.cost, chunk_tokens=8)
 
     def _prefill_parts(self, fleet: "Fleet") -> PrefillParts:
         return PrefillParts(
@@ -220,6 +226,11 @@ class FleetWorker:
             push_whole=False,
         )
 
+    def _note_change(self, change: CacheChange) -> None:
+        """Runs on the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # The loop has closed.
+            self._loop.call_soon_threadsafe(lambda: self.announcer.note(change))
+
     async def start(self) -> None:
         """Serve behind the lane."""
         decode = DecodeParts(engine=self.engine, blocks=self.blocks, reservations=self.reservations)
@@ -235,7 +246,7 @@ class FleetWorker:
 
     def _pool_servicer(self) -> PoolServicer:
         reads = Reads(self.engine, self._parts.clock, self.epoch, lambda: secrets.token_hex(16))
-        return PoolServicer(reads, self._parts)
+        return PoolServicer(reads, self._parts, self.digests, self.announcer.note_corrupt)
 
     async def kill(self) -> None:
         """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""
@@ -275,6 +286,9 @@ class FleetShape:
 
     Attributes:
         kvstore: Whether there is a kvstore.
+        num_kvstores: Number of them.
+        digest_share: Share of blocks whose bytes are checked when they were read.
+        cost: What steps cost, for the choice between fetching and computing; None fetches all.
         max_live: Admission bound of the router.
         num_blocks: Size of each worker's pool.
         transfer_deadline_s: Patience of a push.
@@ -283,6 +297,9 @@ class FleetShape:
     """
 
     kvstore: bool = False
+    num_kvstores: int = 1
+    digest_share: float = 1.0
+    cost: CostModel | None = None
     max_live: int = 256
     num_blocks: int = 64
     transfer_deadline_s: float = 5.0
@@ -295,6 +312,8 @@ class Fleet:
 
     Attributes:
         workers: By name.
+        kvstores: Addresses of the kvstores.
+        stores: Their parts, by address.
         live: The front door.
         index: What the router believes of caches; empty unless a test tells it.
         on_tick: Hears the name of every step of the protocol; may be called on an engine's thread.
@@ -305,7 +324,8 @@ class Fleet:
         self.fabric, self.tasks, self.clock = Fabric(), tasks, clock
         self.channels, self.store_channels = Channels(), Channels()
         self.workers: dict[str, FleetWorker] = {}
-        self.kvstore: str | None = None
+        self.kvstores: tuple[str, ...] = ()
+        self.stores: dict[str, KvStoreParts] = {}
         self.index = PrefixIndex(budget_bytes=1 << 20, max_locations=64)
         self.on_tick: Tick = lambda _: None
         self.table: WorkerTable
@@ -341,7 +361,7 @@ class Fleet:
             channels=self.channels,
             clock=self.clock,
             tasks=self.tasks,
-            prefixes=Prefixes(self.index) if self.kvstore is not None else None,
+            prefixes=Prefixes(self.index) if self.kvstores else None,
             drift=HitDrift(alarm_at=0.3),
             max_moves=3,
         )
@@ -462,9 +482,11 @@ async def open_fleet(folder: Path, roles: dict[str, WorkerRole], **shape: object
         fleet = Fleet(FleetShape(**shape), tasks, WallClock())  # type: ignore[arg-type]  # checked by the dataclass
         if fleet.shape.kvstore:
             config = KvStoreConfig(memory_bytes=1 << 20)
-            parts = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.store_channels)
-            server = await stack.enter_async_context(serve_kvstore(parts))
-            fleet.kvstore = server.address
+            for _ in range(fleet.shape.num_kvstores):
+                store = fake_kvstore(fleet.fabric, config, fleet.clock, fleet.store_channels)
+                server = await stack.enter_async_context(serve_kvstore(store))
+                fleet.kvstores = (*fleet.kvstores, server.address)
+                fleet.stores[server.address] = store
         try:
             await fleet.start(roles, folder)
             yield fleet

@@ -6,6 +6,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+from headrace.index.config import IndexConfig
+from headrace.index.connection import RedisConfig
+from headrace.index.vllm_publisher import VllmPublisherConfig
 from headrace.settings import Between, Count, Port
 
 _QUANTISATION = re.compile(r"[.-](?:I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
@@ -83,13 +86,19 @@ class WorkerConfig:
             its deadline is too near.
         pack: How prompt chunks of a step lie in memory: on one axis ("varlen"), in shared rows ("bins"), or each
             padded to the longest ("pad").
-        kvstore: host:port of the kvstore; None runs without.
+        kvstores: host:port of every kvstore; none runs without. All processes write them alike, for blocks are
+            shared out over these texts.
         peers: host:port of other workers, connected before this one is Ready.
         cache_dir: Where weights packed for the C++ kernels and the measured cost of steps are kept for the next
             start; None takes where the compiled kernels are kept: HEADRACE_CACHE_DIR, else `headrace` in the
             user's cache folder. Several workers share it.
         transfer_deadline_s: Longest time for one transfer of blocks.
-        store_blocks: Whether full blocks are put into the kvstore.
+        store_blocks: Whether full blocks are put into the kvstores.
+        store_bytes_per_s: Rate of puts while the engine works; None takes an eighth of what the lane gives.
+        digest_share: Share of blocks whose bytes are checked when they have been fetched, from 0 to 1.
+        redis: Where the index of all blocks is kept; without its URL this worker's blocks are in no index.
+        index: Which index of that Redis.
+        vllm_events: Where the cache's changes are told in vLLM's format; without its endpoint nowhere.
         push_whole: Push KV once after the whole prompt instead of chunk by chunk; the
             baseline of a benchmark.
         exit_with_parent: End when the process that started this one ends.
@@ -115,11 +124,16 @@ class WorkerConfig:
     dynamic_chunks: bool = False
     calibrate_s: Annotated[float, Between(0.0, 60.0)] = 1.2
     pack: Pack = Pack.VARLEN
-    kvstore: str | None = None
+    kvstores: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     cache_dir: Path | None = None
     transfer_deadline_s: float = 10.0
     store_blocks: bool = True
+    store_bytes_per_s: Annotated[float, Between(1.0)] | None = None
+    digest_share: Annotated[float, Between(0.0, 1.0)] = 1 / 16
+    redis: RedisConfig = RedisConfig()
+    index: IndexConfig = IndexConfig()
+    vllm_events: VllmPublisherConfig = VllmPublisherConfig(endpoint="")
     push_whole: bool = False
     exit_with_parent: bool = False
 

@@ -1,11 +1,15 @@
 """PoolService of a worker on the wire: its own cached blocks, for readers elsewhere. Decides nothing."""
 
+from collections.abc import Callable
+
 import grpc.aio
 
+from headrace.core.block import BlockHash
 from headrace.core.lease_terms import checked_hashes
 from headrace.core.wire import holder_to_proto
 from headrace.errors import PeerMismatch
 from headrace.v1 import block_pb2, pool_pb2, pool_pb2_grpc
+from headrace.worker.digests import BlockDigests
 from headrace.worker.process import MemberParts
 from headrace.worker.reads import Reader, Reads
 
@@ -19,10 +23,16 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
     Args:
         reads: Owner of the leases.
         parts: Of the worker.
+        digests: Of its blocks.
+        on_corrupt: Hears of blocks whose bytes a reader found to be wrong.
     """
 
-    def __init__(self, reads: Reads, parts: MemberParts) -> None:
+    def __init__(
+        self, reads: Reads, parts: MemberParts, digests: BlockDigests, on_corrupt: Callable[[BlockHash], None]
+    ) -> None:
         self._reads = reads
+        self._digests = digests
+        self._on_corrupt = on_corrupt
         self._engine = parts.engine
         self._epoch = parts.epoch
         self._fingerprint = parts.fingerprint
@@ -45,7 +55,13 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
             deadline_unix_ms=read.deadline_unix_ms,
             block_ids=read.blocks,
         )
-        return pool_pb2.AcquireGetResponse(lease=lease)
+        try:
+            hashes = [BlockHash(block_hash) for block_hash in request.block_hashes[: len(read.blocks)]]
+            digests = await self._digests.take(hashes, read.blocks)
+        except BaseException:
+            self._reads.release(read.lease_id, self._epoch, request.tenant)
+            raise
+        return pool_pb2.AcquireGetResponse(lease=lease, digests=digests)
 
     async def ReleaseGet(
         self, request: pool_pb2.ReleaseGetRequest, context: grpc.aio.ServicerContext[object, object]
@@ -59,7 +75,10 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
     ) -> pool_pb2.ReportCorruptResponse:
         """Keep back a block whose bytes are not what its digest says."""
         (block_hash,) = checked_hashes((request.block_hash,), 1)
-        return pool_pb2.ReportCorruptResponse(is_quarantined=await self._engine.quarantine(block_hash))
+        is_quarantined = await self._engine.quarantine(block_hash)
+        if is_quarantined:
+            self._on_corrupt(block_hash)
+        return pool_pb2.ReportCorruptResponse(is_quarantined=is_quarantined)
 
     async def ListLeases(
         self, request: pool_pb2.ListLeasesRequest, context: grpc.aio.ServicerContext[object, object]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from headrace.clock import Clock
 from headrace.core.cost import CostModel
+from headrace.core.placement import Tier
 from headrace.core.request import PROTOCOL_VERSION, SamplingParams, SequenceId, SequenceSpec
 from headrace.core.wire import layout_to_proto
 from headrace.engine.batch import Runner
@@ -19,6 +20,7 @@ from headrace.transfer.connector import Connector, PoolDescriptor
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
+from headrace.worker.blocks import BlockExchange, Reuse
 from headrace.worker.config import WorkerConfig, WorkerRole
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.peers import Peers
@@ -80,6 +82,7 @@ class WorkerMember:
     Args:
         parts: What it reports of.
         peers: Connections to others.
+        blocks: Source of what was reused.
         begin_drain: Asks the process to leave; gets the seconds that running work may go on.
 
     Attributes:
@@ -87,7 +90,9 @@ class WorkerMember:
         not_ready_reason: Empty when the worker is ready.
     """
 
-    def __init__(self, parts: MemberParts, peers: Peers, begin_drain: Callable[[float], None]) -> None:
+    def __init__(
+        self, parts: MemberParts, peers: Peers, blocks: BlockExchange, begin_drain: Callable[[float], None]
+    ) -> None:
         self._config = parts.config
         self._epoch = parts.epoch
         self._model_name = parts.model_name
@@ -99,6 +104,7 @@ class WorkerMember:
         self._cost = parts.cost
         self._begin_drain = begin_drain
         self._peers = peers
+        self._blocks = blocks
         self.is_draining = False
         self.not_ready_reason = "starting"
 
@@ -137,6 +143,7 @@ class WorkerMember:
             computed_tokens=stats.computed_tokens,
             transferred_bytes=transfers.written_bytes + transfers.read_bytes,
             cost=None if self._cost is None else _cost(self._cost),
+            reuse=_reuse(self._blocks.reuse()),
         )
 
     async def meet(self, caller: cluster_pb2.HandshakeRequest) -> None:
@@ -173,19 +180,18 @@ class WorkerMember:
                 num_steps = self._engine.stats().num_steps
                 await server.set_ready(is_ready=not self.not_ready_reason, reason=self.not_ready_reason)
             num_seen = num_steps
-            await self._meet_kvstore()
+            await self._meet_kvstores()
             await asyncio.sleep(PEER_RETRY_S if self.not_ready_reason else CANARY_INTERVAL_S)
 
-    async def _meet_kvstore(self) -> None:
+    async def _meet_kvstores(self) -> None:
         """Meet a kvstore that was reborn before a request needs it."""
-        if self._config.kvstore is not None:
+        for address in self._config.kvstores:
             with contextlib.suppress(HeadraceError):
-                await self._peers.refresh(self._config.kvstore)
+                await self._peers.refresh(address)
 
     async def _meet_peers(self) -> None:
         """Connect configured peers once, so that no request pays for it; a dead one is met when it is needed."""
-        addresses = [*self._config.peers, *([self._config.kvstore] if self._config.kvstore else [])]
-        for address in addresses:
+        for address in (*self._config.peers, *self._config.kvstores):
             self.not_ready_reason = f"starting: connecting {address}"
             deadline_s = self._clock.now() + CANARY_TIMEOUT_S
             while self._clock.now() < deadline_s:
@@ -237,6 +243,21 @@ def _cost(cost: CostModel) -> cluster_pb2.StepCost:
         decode_s=cost.decode_s,
         context_s=cost.context_s,
         r2=cost.r2,
+    )
+
+
+def _reuse(reuse: Reuse) -> cluster_pb2.ReuseReport:
+    return cluster_pb2.ReuseReport(
+        local_tokens=reuse.local_tokens,
+        peer_tokens=reuse.fetched_tokens[Tier.DEVICE],
+        dram_tokens=reuse.fetched_tokens[Tier.DRAM],
+        disk_tokens=reuse.fetched_tokens[Tier.DISK],
+        declined_tokens=reuse.declined_tokens,
+        num_regretted=reuse.num_regretted,
+        regretted_s=reuse.regretted_s,
+        num_corrupt_blocks=reuse.num_corrupt_blocks,
+        num_stored_blocks=reuse.num_stored_blocks,
+        num_dropped_blocks=reuse.num_dropped_blocks,
     )
 
 

@@ -11,7 +11,7 @@ from headrace.core.bandwidth import EXPECTED, LaneMeter
 from headrace.core.block import BlockHash
 from headrace.core.fetch_plan import GROUP_BYTES
 from headrace.core.pace import Pace
-from headrace.core.placement import EXACT, Origin, Provenance, Tier
+from headrace.core.placement import DECODED, EXACT, Tier
 from headrace.core.segments import segments
 from headrace.errors import HeadraceError
 from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts
@@ -25,8 +25,6 @@ MAX_QUEUED_CHAINS = 256
 LANE_SHARE = 1 / 8
 """Share of the time that puts may keep a lane busy while the engine works: of memory's bandwidth or a core's time,
 as a lane of one machine takes both, steps lose no more than that."""
-
-DECODED = Origin(provenance=Provenance.DECODED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
