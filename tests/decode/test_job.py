@@ -143,7 +143,7 @@ async def test_a_draining_worker_refuses_sequences_and_lets_writers_end(bench):
 
 async def test_a_finished_answer_is_queued_for_the_kvstore_by_its_full_blocks(bench):
     stored = []
-    bench.worker.blocks.store_later = stored.append
+    bench.worker.blocks.store_later = lambda _, hashes: stored.append(hashes)
     await read_all(bench.decode(bench.fleet.spec(PROMPT, max_tokens=6), LOCAL))
     [hashes] = stored
     assert len(hashes) == 6

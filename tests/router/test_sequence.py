@@ -62,7 +62,7 @@ async def test_workers_offer_the_store_blocks_of_the_sequences_own_key(tmp_path,
     async with open_fleet(tmp_path, roles("p0 d0"), kvstore=True) as fleet:
         offered = []
         for worker in fleet.workers.values():
-            worker.blocks.store_later = offered.append
+            worker.blocks.store_later = lambda _, hashes: offered.append(hashes)
         spec = dataclasses.replace(fleet.spec(prompt_of(1, 18), max_tokens=6), cache_key=b"a")
         known = (*spec.prompt, *ids(await fleet.tokens(spec)))
         named = fleet.workers["d0"].blocks.hashes(known, b"a")

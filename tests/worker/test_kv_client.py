@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, contextmanager
 import numpy as np
 import pytest
 
-from headrace.clock import VirtualClock, WallClock
+from headrace.clock import Clock, VirtualClock, WallClock
 from headrace.core.block import BlockHash, KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
@@ -27,8 +27,10 @@ from headrace.transfer.connector import Connector
 from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
-from headrace.worker.kv_client import KvClient, StoreCaller
+from headrace.worker.digests import BlockDigests
+from headrace.worker.kv_client import KvClient, Put, PutTerms
 from headrace.worker.peers import Peers
+from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
 LAYOUT = KvLayout(num_layers=2, block_tokens=16, num_kv_heads=2, head_dim=16, dtype="fp32")
 REAL_LAYOUT = KvLayout(num_layers=30, block_tokens=16, num_kv_heads=3, head_dim=64, dtype="bf16")
@@ -57,9 +59,17 @@ class Worker:
         self.name = f"{name}-{time.monotonic_ns()}"
         self.blocks = map_blocks(NUM_BLOCKS, layout.block_bytes)
         self.connector = self._connector(fabric)
-        self._caller = StoreCaller(name=name, epoch=self.name, fingerprint="f", layout=layout)
+        self._caller = PoolCaller(name=name, epoch=self.name, fingerprint="f", layout=layout)
         self.peers = Peers(self.connector, channels, self._introduce, "f")
-        self.client = KvClient(address, channels, self.connector, self.peers, self._caller, CLOCK)
+        self._address, self._channels = address, channels
+        self.client = self.client_on(CLOCK)
+
+    def client_on(self, clock: Clock) -> KvClient:
+        links = LinkParts(
+            channels=self._channels, connector=self.connector, peers=self.peers, caller=self._caller, clock=clock
+        )
+        digests = BlockDigests(self._caller.layout, 1.0, self.blocks.__getitem__)
+        return KvClient(PoolLink(self._address, links), digests)
 
     def _connector(self, fabric: Fabric | None) -> Connector:
         if fabric is None:
@@ -135,7 +145,7 @@ async def test_what_one_worker_stores_another_fetches(setup):
     assert await other.client.fetch(names(1, 2, 3, 4), [9, 8, 7, 6], soon()) == 3
     assert [int(other.blocks[block, 0]) for block in (9, 8, 7, 6)] == [4, 5, 6, 0]
     assert setup.ledger() == (3, 0, 0)
-    assert (other.client.counts.num_fetched_blocks, one.client.counts.num_stored_blocks) == (3, 3)
+    assert one.client.num_stored_blocks == 3
 
 
 async def test_blocks_the_store_has_are_not_moved_again(setup):
@@ -146,34 +156,7 @@ async def test_blocks_the_store_has_are_not_moved_again(setup):
     assert await worker.client.store(names(1, 2, 3), [0, 1, 2], soon()) == 1
     assert worker.connector.stats().written_bytes == written + LAYOUT.block_bytes
     assert await worker.client.fetch(names(8), [5], soon()) == 0
-    assert worker.client.counts.num_failures == 0
-
-
-async def test_an_index_that_missed_a_report_is_told_everything(setup):
-    worker = setup.worker("w")
-    client = worker.client
-    assert client.owes_snapshot
-    await client.announce(names(1, 2), ())
-    assert not client.owes_snapshot
-    await client.announce(names(3), names(2))
-    assert await client.match(names(1, 2)) == {"w": 1}
-    await setup.serve(await setup.stop())
-    await until_answered(client)
-    await client.announce(names(4), names(3))
-    assert client.owes_snapshot
-    await client.announce((), ())
-    assert not client.owes_snapshot
-    assert await client.match(names(1, 4)) == {"w": 2}
-
-
-async def until_answered(client: KvClient) -> None:
-    """Wait until the client speaks to the restarted store again."""
-    async with asyncio.timeout(5.0):
-        failures = -1
-        while client.counts.num_failures != failures:
-            failures = client.counts.num_failures
-            await client.match(names(99))
-            await asyncio.sleep(0.05)
+    assert worker.client.link.num_failures == 0
 
 
 async def test_a_restarted_store_is_met_again(setup):
@@ -197,14 +180,14 @@ async def test_a_dead_store_is_a_miss_and_soon_costs_nothing(setup):
         assert await worker.client.store(names(2), [1], soon()) == 0
         assert await worker.client.match(names(1)) == {}
     assert time.monotonic() - begun_s < 0.2
-    assert worker.client.counts.num_failures == 1
+    assert worker.client.link.num_failures == 1
     await setup.serve(port)
 
 
 async def test_a_store_that_stays_away_costs_one_call_per_growing_pause(setup):
     worker, clock = setup.worker(), VirtualClock(100.0)
     await worker.client.store(names(1), [0], soon())
-    client = KvClient(setup.server.address, setup.channels, worker.connector, worker.peers, worker._caller, clock)
+    client = worker.client_on(clock)
     port = await setup.stop()
     assert await client.match(names(1)) == {}
     failures = []
@@ -212,7 +195,7 @@ async def test_a_store_that_stays_away_costs_one_call_per_growing_pause(setup):
         clock.advance(1.0)
         answers = await asyncio.gather(*(client.match(names(1)) for _ in range(5)))
         assert answers == [{}] * 5
-        failures.append(client.counts.num_failures)
+        failures.append(client.link.num_failures)
     assert failures == [2, 2, 3, 3, 3, 3, *[4] * 8, *[5] * 6]
     await setup.serve(port)
 
@@ -241,6 +224,30 @@ async def test_a_write_that_stalls_is_not_revoked_while_it_may_still_land(setup)
     assert (cached, leased) == (1, 1)
     setup.fabric.resume(setup.store_agent())
     assert await worker.client.match(names(2)) == {}
+
+
+async def test_a_put_in_groups_waits_before_each_and_becomes_visible_at_once(setup):
+    worker, waits = setup.worker(), []
+    worker.fill(0, 1, 2)
+
+    async def wait(num_blocks):
+        waits.append(num_blocks)
+        assert setup.ledger()[0] == 0
+
+    terms = PutTerms(deadline_s=soon(), group_blocks=2, before_write=wait)
+    assert await worker.client.put(Put(hashes=names(1, 2, 3), local_ids=[0, 1, 2]), terms) == 3
+    assert waits == [2, 1]
+    assert await worker.client.fetch(names(1, 2, 3), [9, 8, 7], soon()) == 3
+    assert [int(worker.blocks[block, 0]) for block in (9, 8, 7)] == [1, 2, 3]
+
+
+async def test_a_put_says_whether_the_store_failed_or_has_all_blocks(setup):
+    worker = setup.worker()
+    put, terms = Put(hashes=names(1), local_ids=[0]), PutTerms(deadline_s=soon())
+    assert [await worker.client.put(put, terms), await worker.client.put(put, terms)] == [1, 0]
+    await setup.stop()
+    assert await worker.client.put(put, terms) is None
+    await setup.serve()
 
 
 async def test_data_read_after_the_lease_had_ended_is_not_believed(setup):

@@ -101,7 +101,8 @@ async def test_leased_blocks_are_not_reused_while_they_are_read(loan):
     filler = loan.fleet.spec(tuple(100 + n % 100 for n in range(num_others * BLOCK_TOKENS - 1)), max_tokens=1)
     async with loan.owner.engine.open(filler, Goal.ANSWER) as sequence:
         assert not set(lease.block_ids) & set(sequence.admitted.block_ids)
-        assert loan.owner.engine.stats().leased_blocks == loan.fleet.shape.num_blocks
+        num_leased = loan.fleet.shape.num_blocks
+        await loan.fleet.until(lambda: loan.owner.engine.stats().leased_blocks == num_leased, "blocks not leased")
     assert (loan.owner.runner.blocks[list(lease.block_ids)] == content).all()
     await loan.release(lease)
 

@@ -275,10 +275,7 @@ def _assemble(
     peers = Peers(connector, channels, member.introduce, machine.fingerprint)
     lifetimes = Lifetimes(channels, member.introduce)
     digests = BlockDigests(machine.runner.layout, config.digest_share, machine.arena.block_bytes_of)
-    links = LinkParts(
-        channels=channels, connector=connector, peers=peers, caller=_caller(config, machine, epoch), clock=clock
-    )
-    exchange = ExchangeParts(engine=engine, tasks=tasks, links=links, digests=digests)
+    exchange = ExchangeParts(engine=engine, tasks=tasks, links=_links(member, peers, channels), digests=digests)
     blocks = BlockExchange(exchange, exchange_config(config, machine.cost))
     announcer = Announcer(digests, publications(config, epoch, machine.fingerprint, clock))
     changes.listener = announcer.note
@@ -312,9 +309,14 @@ def _assemble(
     )
 
 
-def _caller(config: WorkerConfig, machine: Machine, epoch: str) -> PoolCaller:
-    layout = machine.runner.layout
-    return PoolCaller(name=config.name, epoch=epoch, fingerprint=machine.fingerprint, layout=layout)
+def _links(member: MemberParts, peers: Peers, channels: Channels) -> LinkParts:
+    caller = PoolCaller(
+        name=member.config.name,
+        epoch=member.epoch,
+        fingerprint=member.fingerprint,
+        layout=member.runner.layout,
+    )
+    return LinkParts(channels=channels, connector=member.connector, peers=peers, caller=caller, clock=member.clock)
 
 
 def exchange_config(config: WorkerConfig, cost: CostModel | None) -> ExchangeConfig:

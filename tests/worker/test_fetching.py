@@ -1,0 +1,238 @@
+"""A worker fills a prompt's blocks from peers and stores: by real calls and engines, a fake model and transport."""
+
+import asyncio
+import contextlib
+import dataclasses
+
+import pytest
+
+from headrace.core import fetch_plan
+from headrace.core.cost import CostModel
+from headrace.core.placement import Tier
+from headrace.core.request import CachedPrefix
+from headrace.engine.messages import Goal, Sampled
+from headrace.errors import BlockLost
+from headrace.testing.fleet import BLOCK_TOKENS, open_fleet
+from headrace.worker.config import WorkerRole
+
+NUM_BLOCKS = 5
+PROMPT = tuple(range(3, 3 + NUM_BLOCKS * BLOCK_TOKENS + 1))
+SLOW = CostModel(step_s=0.0, prompt_s=0.0, token_s=0.5, pair_s=0.0, decode_s=0.1, context_s=0.0, r2=1.0)
+FAST = dataclasses.replace(SLOW, token_s=1e-7)
+TIERS = {Tier.DEVICE: 0, Tier.DRAM: 0, Tier.DISK: 0}
+
+
+class Desk:
+    """An owner whose cache holds a prefix, and a reader that wants it."""
+
+    def __init__(self, fleet):
+        self.fleet = fleet
+        self.owner, self.reader = fleet.workers["h0"], fleet.workers["h1"]
+        self.heard = []
+        self.reader.blocks.fetcher.on_corrupt = self.heard.append
+
+    async def compute(self, worker, prompt=PROMPT):
+        async with worker.engine.open(self.fleet.spec(prompt, max_tokens=1), Goal.ANSWER) as sequence:
+            sequence.begin(0)
+            while not any(isinstance(event, Sampled) for event in await sequence.events()):
+                pass
+        await self.fleet.at_rest(worker.name)
+
+    def hint(self, worker=None, start=0, end=NUM_BLOCKS):
+        worker = worker or self.owner
+        return CachedPrefix(
+            location=worker.name, address=worker.lane.address, tier=Tier.DEVICE, start=start, end=end
+        )
+
+    def spec(self, *sources):
+        return dataclasses.replace(self.fleet.spec(PROMPT, max_tokens=1), sources=sources)
+
+    async def fetch(self, *sources):
+        """Return the tokens present in a new sequence of the reader, and its blocks' bytes."""
+        async with self.reader.engine.open(self.spec(*sources), Goal.ANSWER) as sequence:
+            num_present = await self.reader.blocks.fetch(sequence)
+            return num_present, self.reader.runner.blocks[list(sequence.admitted.block_ids)].copy()
+
+    def owned(self):
+        """Return the bytes of the owner's cached blocks."""
+        cache = self.owner.thread._engine._cache.ledger
+        hashes = self.reader.blocks.hashes(PROMPT, b"")
+        return self.owner.runner.blocks[list(cache.match(hashes))]
+
+    def reuse(self):
+        return self.reader.blocks.reuse()
+
+
+@pytest.fixture
+def opened(tmp_path):
+    async def open_desk(stack, **shape):
+        roles = {"h0": WorkerRole.HYBRID, "h1": WorkerRole.HYBRID}
+        fleet = await stack.enter_async_context(open_fleet(tmp_path, roles, **shape))
+        desk = Desk(fleet)
+        await desk.compute(desk.owner)
+        return desk
+
+    return open_desk
+
+
+@pytest.fixture
+async def stack():
+    async with contextlib.AsyncExitStack() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def desk(stack, opened):
+    return await opened(stack)
+
+
+async def test_blocks_of_another_workers_cache_are_read_and_counted(desk):
+    num_present, found = await desk.fetch(desk.hint())
+    assert num_present == NUM_BLOCKS * BLOCK_TOKENS
+    assert (found[:NUM_BLOCKS] == desk.owned()).all()
+    assert desk.reuse().fetched_tokens == TIERS | {Tier.DEVICE: num_present}
+    await desk.fleet.at_rest()
+
+
+async def test_a_prompt_that_was_fetched_gives_the_same_answer(desk):
+    spec = dataclasses.replace(desk.spec(desk.hint()), sampling=desk.fleet.spec(PROMPT, max_tokens=6).sampling)
+    answers = []
+    for worker in (desk.owner, desk.reader):
+        async with worker.engine.open(spec, Goal.ANSWER) as sequence:
+            sequence.begin(await worker.blocks.fetch(sequence))
+            tokens = []
+            while len(tokens) < 6:
+                tokens += [event.token.token_id for event in await sequence.events() if isinstance(event, Sampled)]
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert desk.reader.engine.stats().computed_tokens == 1 + 5
+
+
+async def test_a_hint_that_promises_too_much_brings_what_is_there(desk):
+    desk.owner.thread._engine._cache.ledger.unname(desk.reader.blocks.hashes(PROMPT, b"")[3])
+    num_present, found = await desk.fetch(desk.hint())
+    assert num_present == 3 * BLOCK_TOKENS
+    assert (found[:3] == desk.owned()).all()
+
+
+async def test_parts_of_several_sources_are_put_together(stack, opened):
+    desk = await opened(stack, kvstore=True)
+    [store] = desk.fleet.kvstores
+    hashes = desk.owner.blocks.hashes(PROMPT, b"")
+    desk.owner.blocks.store_later(desk.spec(), hashes)
+    storing = asyncio.create_task(desk.owner.blocks.run_stores())
+    await desk.fleet.until(lambda: desk.owner.blocks.reuse().num_stored_blocks == NUM_BLOCKS, "not stored")
+    storing.cancel()
+    kept = CachedPrefix(location="kvstore", address=store, tier=Tier.DRAM, start=2, end=NUM_BLOCKS)
+    num_present, found = await desk.fetch(desk.hint(end=2), kept)
+    assert num_present == NUM_BLOCKS * BLOCK_TOKENS
+    assert (found[:NUM_BLOCKS] == desk.owned()).all()
+    assert desk.reuse().fetched_tokens == TIERS | {Tier.DEVICE: 2 * BLOCK_TOKENS, Tier.DRAM: 3 * BLOCK_TOKENS}
+
+
+async def test_what_lies_behind_a_gap_is_not_used(stack, opened):
+    desk = await opened(stack)
+    dead = CachedPrefix(location="gone", address="127.0.0.1:1", tier=Tier.DEVICE, start=0, end=2)
+    num_present, _ = await desk.fetch(dead, desk.hint(start=2))
+    assert num_present == 0
+    assert desk.reuse().fetched_tokens == TIERS
+
+
+async def test_the_own_cache_is_no_source(desk):
+    assert (await desk.fetch(desk.hint(desk.reader)))[0] == 0
+    assert desk.reader.connector.stats().num_done == 0
+
+
+async def test_a_dead_source_is_a_miss_and_is_then_left_alone(desk):
+    await desk.owner.lane.cut()
+    assert (await desk.fetch(desk.hint()))[0] == 0
+    link = desk.reader.blocks.fetcher._pools.pool(desk.owner.lane.address).reader.link
+    assert link.num_failures == 1
+    assert (await desk.fetch(desk.hint()))[0] == 0
+    assert link.num_failures == 1
+
+
+async def test_a_prompt_that_is_computed_faster_is_not_fetched(stack, opened):
+    desk = await opened(stack, cost=FAST)
+    assert (await desk.fetch(desk.hint()))[0] == 0
+    assert desk.reuse().declined_tokens == NUM_BLOCKS * BLOCK_TOKENS
+    assert desk.reader.connector.stats().num_done == 0
+
+
+async def test_a_flipped_bit_is_a_miss_and_its_block_is_let_go_everywhere(desk):
+    await desk.fetch(desk.hint())
+    await desk.fleet.at_rest()
+    corrupt = desk.reader.blocks.hashes(PROMPT, b"")[2]
+    desk.owned()  # The digests were taken when the blocks were first lent.
+    block = desk.owner.thread._engine._cache.ledger.lookup(corrupt)
+    desk.owner.runner.blocks[block, 7] ^= 4
+    num_present, _ = await desk.fetch(desk.hint())
+    assert num_present == 2 * BLOCK_TOKENS
+    assert desk.reuse().num_corrupt_blocks == 1
+    assert desk.heard == [corrupt]
+    await desk.fleet.until(
+        lambda: desk.owner.thread._engine._cache.ledger.lookup(corrupt) is None, "the owner kept a corrupt block"
+    )
+    assert (await desk.fetch(desk.hint()))[0] == 2 * BLOCK_TOKENS
+
+
+class Staller:
+    """Stops the owner's transport when the reader's n-th READ begins."""
+
+    def __init__(self, desk, count):
+        self._fabric, self._agent = desk.fleet.fabric, desk.owner.epoch
+        self._read, self._left = desk.reader.connector.read, count
+        self.is_stalled = asyncio.Event()
+        desk.reader.connector.read = self
+
+    async def __call__(self, *args):
+        self._left -= 1
+        if not self._left:
+            self._fabric.stall(self._agent)
+            self.is_stalled.set()
+        await self._read(*args)
+
+    def end(self):
+        self._fabric.resume(self._agent)
+
+
+async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed(stack, opened, monkeypatch):
+    desk = await opened(stack, cost=SLOW)
+    monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
+    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 0.02)
+    staller = Staller(desk, 3)
+    with pytest.raises(BlockLost):
+        await desk.fetch(desk.hint())
+    assert desk.reader.engine.stats().leased_blocks == 3
+    staller.end()
+    await desk.fleet.at_rest("h1")
+    assert desk.reader.engine.stats().cached_blocks == 2
+    assert (await desk.fetch())[0] == 2 * BLOCK_TOKENS
+    assert desk.reuse().local_tokens == 2 * BLOCK_TOKENS
+
+
+async def test_a_request_that_leaves_during_a_fetch_leaves_no_further_reads_and_no_blocks(
+    stack, opened, monkeypatch
+):
+    desk = await opened(stack)
+    monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
+    staller = Staller(desk, 2)
+    fetching = asyncio.create_task(desk.fetch(desk.hint()))
+    await staller.is_stalled.wait()
+    fetching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    await desk.fleet.until(lambda: desk.reader.engine.stats().num_waiting == 0, "the sequence did not end")
+    assert desk.reader.engine.stats().leased_blocks == NUM_BLOCKS
+    staller.end()
+    await desk.fleet.at_rest("h1")
+    assert desk.reader.connector.stats().num_done == 2
+    desk.reader.thread._engine._cache.ledger.verify()
+
+
+async def test_a_lane_that_was_slow_is_declined_until_it_is_tried_again(stack, opened):
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
+    meter = desk.reader.blocks.fetcher._pools.pool(desk.owner.lane.address).meter(Tier.DEVICE)
+    meter.note(desk.owner.runner.blocks.shape[1], 10.0, desk.fleet.clock.now())
+    assert (await desk.fetch(desk.hint()))[0] == 0
+    assert desk.reuse().declined_tokens == NUM_BLOCKS * BLOCK_TOKENS
