@@ -197,13 +197,14 @@ class Staller:
 
 
 async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed(stack, opened, monkeypatch):
-    desk = await opened(stack, cost=SLOW)
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.05))
     monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
-    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 0.02)
+    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 0.1)
     staller = Staller(desk, 3)
     with pytest.raises(BlockLost):
         await desk.fetch(desk.hint())
-    assert desk.reader.engine.stats().leased_blocks == 3
+    await desk.fleet.until(lambda: desk.reader.engine.stats().num_waiting == 0, "the sequence did not end")
+    assert desk.reader.engine.stats().leased_blocks == NUM_BLOCKS
     staller.end()
     await desk.fleet.at_rest("h1")
     assert desk.reader.engine.stats().cached_blocks == 2
