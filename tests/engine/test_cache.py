@@ -125,6 +125,18 @@ def test_the_same_content_computed_twice_is_told_once(cache):
     assert cache.counts().cached == 0
 
 
+def test_blocks_that_hold_generated_tokens_are_told_as_decoded(cache):
+    sequence = sequence_of("a", range(6))
+    sequence.tokens.extend(range(50, 60))
+    cache.share(sequence)
+    cache.grow(sequence, 16)
+    sequence.kv_length = 12
+    cache.name_full_blocks(sequence)
+    change = cache.take_change()
+    assert change.stored == tuple(sequence.hashes[:3])
+    assert change.decoded == change.stored[1:]
+
+
 def test_forgotten_blocks_are_told(cache):
     first = admit(cache, "a", range(8))
     cache.release(first)

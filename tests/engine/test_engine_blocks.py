@@ -10,6 +10,7 @@ from headrace.engine.messages import (
     Close,
     Goal,
     HoldWriter,
+    Keep,
     ListHolders,
     Pin,
     Quarantine,
@@ -17,6 +18,8 @@ from headrace.engine.messages import (
     Unpin,
 )
 from headrace.errors import DeadlineExceeded
+
+BLOCK = 4
 
 
 def test_blocks_that_peers_were_told_of_stay_until_close(make_client, prompt_of):
@@ -324,4 +327,19 @@ def test_n_answers_to_a_prompt_compute_it_once(make_client, prompt_of):
         client.open(prompt, choice=choice, temperature=1.0, seed=7, max_tokens=2, ignore_eos=True)
     client.steps()
     assert client.stats().computed_tokens == 32 + 4 * 2
+    client.end()
+
+
+def test_kv_that_landed_for_a_sequence_that_cannot_go_on_is_found_by_the_next(make_client, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 4 * BLOCK + 1)
+    lost = client.open(prompt, begins=False)
+    client.steps()
+    client.engine.apply(Keep(sequence_id=lost, num_present=2 * BLOCK))
+    client.close(lost)
+    client.steps()
+    assert client.stats().cached_blocks == 2
+    again = client.open(prompt, begins=False)
+    client.steps()
+    assert client.admitted(again).num_cached_tokens == 2 * BLOCK
+    client.engine.apply(Keep(sequence_id=SequenceId("unknown"), num_present=BLOCK))
     client.end()

@@ -145,6 +145,35 @@ def test_what_steps_cost_is_shown_of_those_who_measured_it(registry):
         assert value(registry, f"headrace_worker_{name}", worker="kvstore", role="kvstore") is None
 
 
+def test_what_prompts_found_is_shown_of_workers(registry):
+    reuse = cluster_pb2.ReuseReport(
+        local_tokens=1,
+        peer_tokens=2,
+        dram_tokens=3,
+        disk_tokens=4,
+        declined_tokens=5,
+        num_regretted=6,
+        regretted_s=0.7,
+        num_corrupt_blocks=8,
+        num_stored_blocks=9,
+        num_dropped_blocks=10,
+    )
+    members = [
+        MemberLoad(role="prefill", load=cluster_pb2.LoadReport(name="p0", reuse=reuse)),
+        MemberLoad(role="kvstore", load=cluster_pb2.LoadReport(name="kvstore")),
+    ]
+    registry.register(ClusterCollector(lambda: members, lambda: "tiny"))
+    nouns = (
+        "local_tokens peer_tokens dram_tokens disk_tokens declined_tokens regretted regretted_seconds "
+        "corrupt_blocks stored_blocks dropped_blocks"
+    )
+    shown = [
+        value(registry, f"headrace_worker_reuse_{noun}_total", worker="p0", role="prefill") for noun in nouns.split()
+    ]
+    assert shown == [1, 2, 3, 4, 5, 6, 0.7, 8, 9, 10]
+    assert value(registry, "headrace_worker_reuse_local_tokens_total", worker="kvstore", role="kvstore") is None
+
+
 def test_the_kvstore_has_a_ledger_and_no_running_requests(registry):
     members = [MemberLoad(role="kvstore", load=cluster_pb2.LoadReport(name="kvstore"))]
     registry.register(ClusterCollector(lambda: members, lambda: "tiny"))

@@ -40,9 +40,7 @@ class Desk:
 
     def hint(self, worker=None, start=0, end=NUM_BLOCKS):
         worker = worker or self.owner
-        return CachedPrefix(
-            location=worker.name, address=worker.lane.address, tier=Tier.DEVICE, start=start, end=end
-        )
+        return CachedPrefix(location=worker.name, address=worker.lane.address, tier=Tier.DEVICE, start=start, end=end)
 
     def spec(self, *sources):
         return dataclasses.replace(self.fleet.spec(PROMPT, max_tokens=1), sources=sources)
@@ -212,9 +210,7 @@ async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed
     assert desk.reuse().local_tokens == 2 * BLOCK_TOKENS
 
 
-async def test_a_request_that_leaves_during_a_fetch_leaves_no_further_reads_and_no_blocks(
-    stack, opened, monkeypatch
-):
+async def test_a_request_that_leaves_during_a_fetch_leaves_no_further_reads_and_no_blocks(stack, opened, monkeypatch):
     desk = await opened(stack)
     monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
     staller = Staller(desk, 2)

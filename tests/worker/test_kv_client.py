@@ -13,11 +13,14 @@ import pytest
 
 from headrace.clock import Clock, VirtualClock, WallClock
 from headrace.core.block import BlockHash, KvLayout
+from headrace.core.digest import block_digest
+from headrace.core.placement import DECODED, Provenance
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost
 from headrace.kvstore.actor import NUM_KEPT_BLOCKS
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.kvstore import fake_kvstore, serve_kvstore
@@ -28,7 +31,7 @@ from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.digests import BlockDigests
-from headrace.worker.kv_client import KvClient, Put, PutTerms
+from headrace.worker.kv_client import KvClient, Put, PutFacts, PutTerms
 from headrace.worker.peers import Peers
 from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
@@ -224,6 +227,31 @@ async def test_a_write_that_stalls_is_not_revoked_while_it_may_still_land(setup)
     assert (cached, leased) == (1, 1)
     setup.fabric.resume(setup.store_agent())
     assert await worker.client.match(names(2)) == {}
+
+
+async def test_the_store_is_told_whose_blocks_these_are_how_they_came_to_be_and_their_digests(setup, monkeypatch):
+    worker, told = setup.worker(), []
+    worker.fill(0)
+    for method in ("ReservePut", "CommitPut"):
+        monkeypatch.setattr(KvStoreServicer, method, heard(getattr(KvStoreServicer, method), told))
+    await setup.serve(await setup.stop())
+    facts = PutFacts(tenant="acme", num_blocks_before=70, segment_key=names(9)[0], origin=DECODED)
+    put = Put(hashes=names(1), local_ids=[0], facts=facts)
+    assert await worker.client.put(put, PutTerms(deadline_s=soon())) == 1
+    reserve, commit = told
+    assert (reserve.tenant, reserve.num_blocks_before, reserve.segment_key) == ("acme", 70, names(9)[0])
+    assert (reserve.provenance, reserve.writer_epoch) == (Provenance.DECODED, worker.name)
+    assert (commit.tenant, list(commit.digests)) == ("acme", [block_digest(worker.blocks[0], LAYOUT)])
+
+
+def heard(method, told):
+    """Return a method of a servicer that tells its requests."""
+
+    async def tell(self, request, context):
+        told.append(request)
+        return await method(self, request, context)
+
+    return tell
 
 
 async def test_a_put_in_groups_waits_before_each_and_becomes_visible_at_once(setup):

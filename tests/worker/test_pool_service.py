@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from headrace.core.block import block_hashes, root_hash
+from headrace.core.digest import block_digest
 from headrace.core.request import SequenceId
 from headrace.engine.messages import Goal, Sampled
 from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest, PeerMismatch
@@ -38,7 +39,12 @@ class Loan:
         return stats.free_blocks, stats.cached_blocks, stats.leased_blocks, stats.num_leases
 
     async def acquire(self, hashes=HASHES, *, seconds=10.0, fingerprint=FINGERPRINT, patience_s=5.0):
-        request = pool_pb2.AcquireGetRequest(
+        request = self.request(hashes, seconds=seconds, fingerprint=fingerprint)
+        async with translate_errors("h0"):
+            return (await self.stub.AcquireGet(request, timeout=patience_s)).lease
+
+    def request(self, hashes, *, seconds=10.0, fingerprint=FINGERPRINT):
+        return pool_pb2.AcquireGetRequest(
             block_hashes=hashes,
             model_fingerprint=fingerprint,
             reader="h1",
@@ -46,8 +52,6 @@ class Loan:
             deadline_unix_ms=self.fleet.clock.unix_ms() + int(seconds * 1000),
             tenant="acme",
         )
-        async with translate_errors("h0"):
-            return (await self.stub.AcquireGet(request, timeout=patience_s)).lease
 
     async def release(self, lease, **changes):
         fields = {"lease_id": lease.lease_id, "epoch": lease.epoch, "tenant": "acme", **changes}
@@ -141,6 +145,17 @@ async def test_nobody_else_can_end_a_lease(loan, forged):
     assert loan.states() != loan.before
     await loan.release(lease)
     await loan.until_as_before()
+
+
+async def test_a_lease_carries_the_digests_that_the_blocks_had_when_they_were_first_lent(loan):
+    first = await loan.stub.AcquireGet(loan.request(HASHES), timeout=5.0)
+    layout, blocks = loan.owner.runner.layout, loan.owner.runner.blocks
+    assert list(first.digests) == [block_digest(blocks[block], layout) for block in first.lease.block_ids]
+    blocks[first.lease.block_ids[1], 3] ^= 1
+    again = await loan.stub.AcquireGet(loan.request(HASHES), timeout=5.0)
+    assert again.digests == first.digests
+    for lease in (first.lease, again.lease):
+        await loan.release(lease)
 
 
 async def test_handles_are_long_and_never_the_same(loan):
