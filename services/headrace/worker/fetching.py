@@ -257,7 +257,8 @@ class _Fetch:
         now_s, block_bytes = self._links.clock.now(), self._links.caller.layout.block_bytes
         for lane in self._lanes:
             found = lane.result
-            if not found.is_measured or self.is_given_up:
+            was_stopped = self.is_given_up or self._gap < lane.indices[0]
+            if not found.is_measured or (was_stopped and not found.num_landed):
                 continue
             if found.epoch:
                 lane.pool.note_epoch(found.epoch)
