@@ -57,6 +57,9 @@ class Desk:
         hashes = self.reader.blocks.hashes(PROMPT, b"")
         return self.owner.runner.blocks[list(cache.match(hashes))]
 
+    def pool(self, address):
+        return self.reader.blocks.fetcher._pools.pool(address)
+
     def reuse(self):
         return self.reader.blocks.reuse()
 
@@ -136,15 +139,40 @@ async def test_what_lies_behind_a_gap_is_not_used(stack, opened):
     assert desk.reuse().fetched_tokens == TIERS
 
 
+async def test_what_lies_behind_a_gap_is_not_read_any_more(stack, opened, monkeypatch):
+    desk = await opened(stack, kvstore=True)
+    monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
+    [address] = desk.fleet.kvstores
+    empty = CachedPrefix(location="kvstore", address=address, tier=Tier.DRAM, start=0, end=2)
+    reader, has_missed = desk.pool(address).reader, asyncio.Event()
+    read = reader.read
+
+    async def tell(*args):
+        result = await read(*args)
+        has_missed.set()
+        return result
+
+    reader.read = tell
+    staller = Staller(desk, 1)
+    fetching = asyncio.create_task(desk.fetch(empty, desk.hint(start=2)))
+    await has_missed.wait()
+    await staller.is_stalled.wait()
+    staller.end()
+    assert (await fetching)[0] == 0
+    assert desk.reader.connector.stats().num_done == 1
+
+
 async def test_the_own_cache_is_no_source(desk):
+    asked = []
+    desk.fleet.on_tick = asked.append
     assert (await desk.fetch(desk.hint(desk.reader)))[0] == 0
-    assert desk.reader.connector.stats().num_done == 0
+    assert "h1 Pin" not in asked
 
 
 async def test_a_dead_source_is_a_miss_and_is_then_left_alone(desk):
     await desk.owner.lane.cut()
     assert (await desk.fetch(desk.hint()))[0] == 0
-    link = desk.reader.blocks.fetcher._pools.pool(desk.owner.lane.address).reader.link
+    link = desk.pool(desk.owner.lane.address).reader.link
     assert link.num_failures == 1
     assert (await desk.fetch(desk.hint()))[0] == 0
     assert link.num_failures == 1
@@ -161,7 +189,7 @@ async def test_a_flipped_bit_is_a_miss_and_its_block_is_let_go_everywhere(desk):
     await desk.fetch(desk.hint())
     await desk.fleet.at_rest()
     corrupt = desk.reader.blocks.hashes(PROMPT, b"")[2]
-    desk.owned()  # The digests were taken when the blocks were first lent.
+    # Its digest was taken when it was first lent.
     block = desk.owner.thread._engine._cache.ledger.lookup(corrupt)
     desk.owner.runner.blocks[block, 7] ^= 4
     num_present, _ = await desk.fetch(desk.hint())
@@ -227,9 +255,9 @@ async def test_a_request_that_leaves_during_a_fetch_leaves_no_further_reads_and_
     desk.reader.thread._engine._cache.ledger.verify()
 
 
-async def test_a_lane_that_was_slow_is_declined_until_it_is_tried_again(stack, opened):
+async def test_a_lane_that_was_slow_is_not_chosen(stack, opened):
     desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
-    meter = desk.reader.blocks.fetcher._pools.pool(desk.owner.lane.address).meter(Tier.DEVICE)
+    meter = desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
     meter.note(desk.owner.runner.blocks.shape[1], 10.0, desk.fleet.clock.now())
     assert (await desk.fetch(desk.hint()))[0] == 0
     assert desk.reuse().declined_tokens == NUM_BLOCKS * BLOCK_TOKENS
