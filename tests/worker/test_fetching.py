@@ -149,6 +149,7 @@ async def test_what_lies_behind_a_gap_is_not_read_any_more(stack, opened, monkey
 
     async def tell(*args):
         result = await read(*args)
+        await staller.is_stalled.wait()
         has_missed.set()
         return result
 
@@ -156,7 +157,6 @@ async def test_what_lies_behind_a_gap_is_not_read_any_more(stack, opened, monkey
     staller = Staller(desk, 1)
     fetching = asyncio.create_task(desk.fetch(empty, desk.hint(start=2)))
     await has_missed.wait()
-    await staller.is_stalled.wait()
     staller.end()
     assert (await fetching)[0] == 0
     assert desk.reader.connector.stats().num_done == 1
