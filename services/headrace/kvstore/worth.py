@@ -1,19 +1,10 @@
 """Which block a tier forgets first."""
 
-from enum import Enum
-
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel
 from headrace.core.eviction import BlockFacts, ByValue, EvictionOrder, LeastRecentlyUsed, S3Fifo
+from headrace.kvstore.config import Eviction
 from headrace.kvstore.stored_block import StoredBlock
-
-
-class Eviction(Enum):
-    """Orders to choose from."""
-
-    VALUE = "value"
-    S3FIFO = "s3fifo"
-    LRU = "lru"
 
 
 def order_of(eviction: Eviction, layout: KvLayout, num_blocks: int) -> EvictionOrder:
@@ -38,8 +29,8 @@ def relative_cost(layout: KvLayout) -> CostModel:
     return CostModel(step_s=0.0, prompt_s=0.0, token_s=1.0, pair_s=1 / (6 * width), decode_s=0.0, context_s=0.0)
 
 
-def order_facts(block: StoredBlock, layout_tokens: int) -> BlockFacts:
+def order_facts(block: StoredBlock, block_tokens: int) -> BlockFacts:
     """Return what an order may know of a block."""
     return BlockFacts(
-        parent=block.parent, num_tokens_before=block.num_blocks_before * layout_tokens, tenant=block.tenant
+        parent=block.parent, num_tokens_before=block.num_blocks_before * block_tokens, tenant=block.tenant
     )
