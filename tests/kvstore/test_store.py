@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from headrace.core.block import BlockHash
 from headrace.errors import BlockLost
+from headrace.index.events import ChangeKind
 from headrace.kvstore.store import BlockStore, Claim, Terms
 from headrace.kvstore.stored_block import StoredBlock
 
@@ -143,6 +144,50 @@ def test_the_puts_of_a_dead_writer_end_with_it():
     store.drop_writer("dead")
     assert ledger(store) == (3, 0, 1)
     assert store.reserve(blocks(1), terms("r")).indices == (0,)
+
+
+QUOTAS = {"a": 2, "b": 4}
+
+
+def test_a_tenant_over_its_quota_forgets_its_own_blocks_only():
+    store = BlockStore(8, EPOCH, SETTLE_S, quota_of=QUOTAS.get)
+    stored(store, 1, tenant="")
+    stored(store, 2, 3, tenant="a")
+    stored(store, 4, tenant="a")
+    assert [store.match(names(number)) for number in (1, 2, 3, 4)] == [1, 1, 0, 1]
+    assert store.totals.num_over_quota_puts == 1
+    store.verify()
+
+
+def test_a_tenant_whose_blocks_are_all_in_use_gets_less_room_although_there_is_some():
+    store = BlockStore(8, EPOCH, SETTLE_S, quota_of=QUOTAS.get)
+    stored(store, 1, tenant="a")
+    store.acquire(names(1), terms("g", tenant="a"))
+    put = store.reserve(blocks(2, 3, tenant="a"), terms("p", tenant="a"))
+    assert put.indices == (0,)
+    assert store.reserve(blocks(4, tenant="a"), terms("q", tenant="a")).blocks == ()
+    store.verify()
+
+
+def test_a_silent_writers_blocks_count_against_its_tenant_until_they_are_let_go():
+    store = BlockStore(8, EPOCH, SETTLE_S, quota_of=QUOTAS.get)
+    store.reserve(blocks(1, 2, tenant="a"), terms("p", deadline_s=1.0, tenant="a"))
+    store.expire(2.0)
+    assert store.reserve(blocks(3, tenant="a"), terms("q", tenant="a")).blocks == ()
+    store.expire(2.0 + SETTLE_S)
+    assert store.reserve(blocks(3, tenant="a"), terms("r", tenant="a")).indices == (0,)
+    store.verify()
+
+
+def test_what_comes_and_goes_is_told_once_and_in_order():
+    store = BlockStore(2, EPOCH, SETTLE_S)
+    stored(store, 1)
+    stored(store, 2, 3)
+    told = [(change.kind, change.hashes) for change in store.take_changes()]
+    one, two, three = ((name,) for name in names(1, 2, 3))
+    stored_kind, removed = ChangeKind.STORED, ChangeKind.REMOVED
+    assert told == [(stored_kind, one), (removed, one), (stored_kind, two), (stored_kind, three)]
+    assert store.take_changes() == ()
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -7,21 +7,28 @@ import asyncio
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headrace.clock import Clock, WallClock
+from headrace.core.block import KvLayout
+from headrace.core.request import PROTOCOL_VERSION
+from headrace.core.wire import layout_to_proto
 from headrace.kvstore.actor import Edges
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.disk import DiskTier
 from headrace.kvstore.disk_file import SystemCalls
 from headrace.kvstore.parts import KvStoreParts, Outside, assemble, build, running
-from headrace.runtime.channels import Channels
+from headrace.runtime.channels import Channels, translate_errors
 from headrace.runtime.server import GrpcServer
 from headrace.testing.connector import Fabric, FakeConnector
+from headrace.transfer.connector import Connector
+from headrace.transfer.wire import pool_to_proto
+from headrace.v1 import block_pb2, cluster_pb2, kvstore_pb2, kvstore_pb2_grpc, pool_pb2, pool_pb2_grpc
+from headrace.worker.peers import Peers
 
 
 @asynccontextmanager
@@ -65,6 +72,134 @@ def fake_kvstore(
     )
     outside = Outside(edges=edges, channels=channels, connect_canary=connect_canary, begin_drain=lambda _: None)
     return assemble(config, epoch, outside)
+
+
+class StoreClient:
+    """A worker in all but name: puts blocks into a kvstore and gets them back, by gRPC and its own connector.
+
+    Args:
+        address: Of the kvstore.
+        channels: Connections.
+        connector: Of `blocks`.
+        blocks: Own memory, `[block, byte]`.
+        layout: Of a block.
+        clock: Deadlines are on it.
+
+    Attributes:
+        blocks: Own memory.
+        last_get: What the last get was answered.
+    """
+
+    def __init__(  # noqa: PLR0913 a worker's parts
+        self,
+        address: str,
+        channels: Channels,
+        connector: Connector,
+        blocks: NDArray[np.uint8],
+        layout: KvLayout,
+        clock: Clock,
+    ) -> None:
+        self.blocks = blocks
+        self.puts: kvstore_pb2_grpc.KvStoreServiceAsyncStub = kvstore_pb2_grpc.KvStoreServiceStub(channels.get(address))
+        self.pool: pool_pb2_grpc.PoolServiceAsyncStub = pool_pb2_grpc.PoolServiceStub(channels.get(address))
+        self.last_get = pool_pb2.AcquireGetResponse()
+        self._address = address
+        self._connector = connector
+        self._layout = layout
+        self._clock = clock
+        self._peers = Peers(connector, channels, self._introduce, "")
+
+    async def reserve(
+        self,
+        hashes: Sequence[bytes],
+        tenant: str = "",
+        lease_s: float = 10.0,
+        *,
+        num_blocks_before: int = 0,
+        segment_key: bytes = b"",
+    ) -> kvstore_pb2.ReservePutResponse:
+        """Ask for room."""
+        request = kvstore_pb2.ReservePutRequest(
+            block_hashes=hashes,
+            layout=layout_to_proto(self._layout),
+            writer="client",
+            tenant=tenant,
+            deadline_unix_ms=self._clock.unix_ms() + int(1000 * lease_s),
+            num_blocks_before=num_blocks_before,
+            segment_key=segment_key,
+        )
+        await self._peers.ensure(self._address)
+        async with translate_errors(self._address):
+            return await self.puts.ReservePut(request, timeout=5.0)
+
+    async def write(self, lease: block_pb2.BlockLease, local_ids: Sequence[int]) -> None:
+        """Write own blocks into those of a lease."""
+        peer = await self._peers.ensure(self._address, lease.epoch)
+        await self._connector.write(peer.pool.agent_name, local_ids, lease.block_ids, self._clock.now() + 5.0)
+
+    async def commit(
+        self, lease: block_pb2.BlockLease, tenant: str = "", digests: Sequence[int] = (), *, is_complete: bool = True
+    ) -> int:
+        """End a put."""
+        request = kvstore_pb2.CommitPutRequest(
+            lease_id=lease.lease_id, epoch=lease.epoch, is_complete=is_complete, tenant=tenant, digests=digests
+        )
+        async with translate_errors(self._address):
+            return (await self.puts.CommitPut(request, timeout=5.0)).num_committed
+
+    async def put(
+        self, contents: Mapping[bytes, bytes], tenant: str = "", *, num_blocks_before: int = 0, segment_key: bytes = b""
+    ) -> int:
+        """Store a chain of blocks by name; returns how many became visible."""
+        names = tuple(contents)
+        put = await self.reserve(names, tenant, num_blocks_before=num_blocks_before, segment_key=segment_key)
+        if not put.indices:
+            return 0
+        for place, index in enumerate(put.indices):
+            self.blocks[place] = np.frombuffer(contents[names[index]], dtype=np.uint8)
+        await self.write(put.lease, range(len(put.indices)))
+        return await self.commit(put.lease, tenant)
+
+    async def acquire(self, hashes: Sequence[bytes], tenant: str = "", lease_s: float = 10.0) -> block_pb2.BlockLease:
+        """Lease stored blocks for reading."""
+        request = pool_pb2.AcquireGetRequest(
+            block_hashes=hashes,
+            reader="client",
+            tenant=tenant,
+            deadline_unix_ms=self._clock.unix_ms() + int(1000 * lease_s),
+        )
+        await self._peers.ensure(self._address)
+        async with translate_errors(self._address):
+            self.last_get = await self.pool.AcquireGet(request, timeout=5.0)
+        return self.last_get.lease
+
+    async def release(self, lease: block_pb2.BlockLease, tenant: str = "") -> None:
+        """End a read."""
+        request = pool_pb2.ReleaseGetRequest(lease_id=lease.lease_id, epoch=lease.epoch, tenant=tenant)
+        async with translate_errors(self._address):
+            await self.pool.ReleaseGet(request, timeout=5.0)
+
+    async def get(self, hashes: Sequence[bytes], tenant: str = "") -> list[bytes]:
+        """Return the contents of the longest stored prefix."""
+        lease = await self.acquire(hashes, tenant)
+        num_blocks = len(lease.block_ids)
+        if not num_blocks:
+            return []
+        peer = await self._peers.ensure(self._address, lease.epoch)
+        deadline_s = self._clock.now() + 5.0
+        await self._connector.read(peer.pool.agent_name, range(num_blocks), lease.block_ids, deadline_s)
+        await self.release(lease, tenant)
+        return [bytes(self.blocks[place]) for place in range(num_blocks)]
+
+    def _introduce(self) -> cluster_pb2.HandshakeRequest:
+        return cluster_pb2.HandshakeRequest(
+            protocol_version=PROTOCOL_VERSION,
+            name="client",
+            role=cluster_pb2.ROLE_PREFILL,
+            epoch=self._connector.pool.epoch,
+            pool=pool_to_proto(self._connector.pool),
+            layout=layout_to_proto(self._layout),
+        )
 
 
 async def main(memory_bytes: int) -> None:
