@@ -1,6 +1,7 @@
 """A kvstore to speak to over gRPC: in this process over the fake transport, or alone over NIXL.
 
-Run as `python -m headrace.testing.kvstore MEMORY_BYTES` it serves until its input ends and prints its address.
+Run as `python -m headrace.testing.kvstore MEMORY_BYTES [DISK_DIR]` it serves until its input ends and prints its
+address.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import secrets
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,9 @@ from headrace.transfer.connector import Connector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import block_pb2, cluster_pb2, kvstore_pb2, kvstore_pb2_grpc, pool_pb2, pool_pb2_grpc
 from headrace.worker.peers import Peers
+
+DISK_BYTES = 1 << 20
+SETTLE_S = 0.5
 
 
 @asynccontextmanager
@@ -119,6 +124,7 @@ class StoreClient:
         segment_key: bytes = b"",
     ) -> kvstore_pb2.ReservePutResponse:
         """Ask for room."""
+        await self._peers.ensure(self._address)
         request = kvstore_pb2.ReservePutRequest(
             block_hashes=hashes,
             layout=layout_to_proto(self._layout),
@@ -128,7 +134,6 @@ class StoreClient:
             num_blocks_before=num_blocks_before,
             segment_key=segment_key,
         )
-        await self._peers.ensure(self._address)
         async with translate_errors(self._address):
             return await self.puts.ReservePut(request, timeout=5.0)
 
@@ -162,13 +167,13 @@ class StoreClient:
 
     async def acquire(self, hashes: Sequence[bytes], tenant: str = "", lease_s: float = 10.0) -> block_pb2.BlockLease:
         """Lease stored blocks for reading."""
+        await self._peers.ensure(self._address)
         request = pool_pb2.AcquireGetRequest(
             block_hashes=hashes,
             reader="client",
             tenant=tenant,
             deadline_unix_ms=self._clock.unix_ms() + int(1000 * lease_s),
         )
-        await self._peers.ensure(self._address)
         async with translate_errors(self._address):
             self.last_get = await self.pool.AcquireGet(request, timeout=5.0)
         return self.last_get.lease
@@ -202,9 +207,9 @@ class StoreClient:
         )
 
 
-async def main(memory_bytes: int) -> None:
+async def main(memory_bytes: int, disk_dir: Path | None) -> None:
     """Serve over NIXL until the input ends."""
-    config = KvStoreConfig(memory_bytes=memory_bytes)
+    config = KvStoreConfig(memory_bytes=memory_bytes, disk_dir=disk_dir, disk_bytes=DISK_BYTES, settle_s=SETTLE_S)
     async with Channels() as channels:
         parts = build(
             config, epoch=secrets.token_hex(4), clock=WallClock(), channels=channels, begin_drain=lambda _: None
@@ -216,4 +221,4 @@ async def main(memory_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(main(int(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
