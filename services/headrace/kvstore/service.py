@@ -65,12 +65,6 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         return kvstore_pb2.CommitPutResponse(num_committed=num_committed)
 
-    async def AnnounceBlocks(
-        self, request: kvstore_pb2.AnnounceBlocksRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> kvstore_pb2.AnnounceBlocksResponse:
-        """Take note of nothing: workers publish what they hold to the shared index."""
-        return kvstore_pb2.AnnounceBlocksResponse()
-
 
 def _facts_of(request: kvstore_pb2.ReservePutRequest) -> PutFacts:
     try:
