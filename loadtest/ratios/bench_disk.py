@@ -25,7 +25,8 @@ from headrace.clock import WallClock
 from headrace.core.block import HASH_BYTES, BlockHash
 from headrace.kvstore.disk import DiskTier, Written
 from headrace.kvstore.disk_file import ALIGN_BYTES, DiskFile, DiskSpace
-from headrace.kvstore.disk_header import SECTOR_BYTES, DiskBlock
+from headrace.kvstore.disk_header import SECTOR_BYTES
+from headrace.kvstore.stored_block import StoredBlock
 from headrace.transfer.agent import load_bindings
 from headrace.transfer.arena import map_blocks
 
@@ -143,7 +144,7 @@ def tier_ways(folder: Path, memory: NDArray[np.uint8], num_slots: int) -> Iterat
         async def write(slots: Slots) -> None:
             for slot in slots:
                 tier.forget(name_of(slot))
-            entries = [(DiskBlock(block_hash=name_of(slot), tenant="t"), memory[i]) for i, slot in enumerate(slots)]
+            entries = [(StoredBlock(block_hash=name_of(slot), tenant="t"), memory[i]) for i, slot in enumerate(slots)]
             if set(await tier.write(entries)) != {Written.STORED}:
                 raise OSError("a block was not stored")
 
@@ -238,7 +239,7 @@ def bench_open(folder: Path) -> None:
     file, payload = DiskFile(space, os), memoryview(bytes(ALIGN_BYTES))
     file.open()
     for slot in range(OPEN_SLOTS):
-        file.write(slot, DiskBlock(block_hash=name_of(slot), tenant="tenant"), payload)
+        file.write(slot, StoredBlock(block_hash=name_of(slot), tenant="tenant"), payload)
     file.close()
 
     async def start() -> int:

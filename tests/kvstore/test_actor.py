@@ -9,12 +9,11 @@ import pytest
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest, NotReady, PeerMismatch
-from headrace.kvstore.actor import NUM_KEPT_BLOCKS, KvStoreActor
+from headrace.kvstore.actor import Edges, KvStoreActor
 from headrace.kvstore.config import KvStoreConfig
-from headrace.kvstore.index import Report
+from headrace.kvstore.disk import DiskTier
 from headrace.kvstore.messages import (
     AcquireGet,
-    Announce,
     CommitPut,
     Forget,
     Match,
@@ -23,8 +22,10 @@ from headrace.kvstore.messages import (
     ReservePut,
     Tick,
 )
+from headrace.kvstore.opening import NUM_KEPT_BLOCKS
+from headrace.kvstore.store import Claim
+from headrace.kvstore.stored_block import PutFacts
 from headrace.testing.connector import Fabric, FakeConnector
-from headrace.transfer.arena import map_blocks
 
 LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=8, dtype="fp32")
 NUM_BLOCKS = 6
@@ -38,10 +39,13 @@ class Store:
         self.clock = VirtualClock(1000.0)
         config = KvStoreConfig(memory_bytes=(NUM_BLOCKS + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes + 7, max_hashes=16)
         ids = itertools.count()
-        self.actor = KvStoreActor(config, EPOCH, self.clock, self._connect, lambda: f"lease-{next(ids)}")
-
-    def _connect(self, num_blocks: int, block_bytes: int) -> FakeConnector:
-        return FakeConnector(Fabric(), "store", map_blocks(num_blocks, block_bytes), EPOCH, self.clock)
+        edges = Edges(
+            clock=self.clock,
+            connect=lambda blocks: FakeConnector(Fabric(), "store", blocks, EPOCH, self.clock),
+            new_id=lambda: f"lease-{next(ids)}",
+            open_disk=lambda space: DiskTier(space, self.clock),
+        )
+        self.actor = KvStoreActor(config, EPOCH, edges)
 
     def _ask(self, make):
         return asyncio.wait_for(self.actor.mailbox.ask(make), 5.0)
@@ -52,31 +56,29 @@ class Store:
     async def meet(self, worker="w", epoch="a", layout=LAYOUT):
         await self._ask(lambda reply: Meet(worker=worker, epoch=epoch, layout=layout, reply=reply))
 
-    async def reserve(self, hashes, seconds=10.0, writer="w", layout=LAYOUT):
+    async def reserve(self, hashes, seconds=10.0, writer="w", layout=LAYOUT, **facts):
         end_ms = self.deadline_ms(seconds)
+        put = {"hashes": hashes, "layout": layout, "writer": writer, "facts": PutFacts(**facts)}
+        return await self._ask(lambda reply: ReservePut(**put, deadline_unix_ms=end_ms, reply=reply))
+
+    async def commit(self, lease_id, epoch=EPOCH, is_complete=True, tenant="", digests=()):
+        claim = Claim(lease_id=lease_id, epoch=epoch, tenant=tenant)
         return await self._ask(
-            lambda reply: ReservePut(hashes=hashes, layout=layout, writer=writer, deadline_unix_ms=end_ms, reply=reply)
+            lambda reply: CommitPut(claim=claim, is_complete=is_complete, digests=digests, reply=reply)
         )
 
-    async def commit(self, lease_id, epoch=EPOCH, is_complete=True):
-        return await self._ask(
-            lambda reply: CommitPut(lease_id=lease_id, epoch=epoch, is_complete=is_complete, reply=reply)
-        )
-
-    async def acquire(self, hashes, seconds=10.0):
+    async def acquire(self, hashes, seconds=10.0, tenant=""):
         end_ms = self.deadline_ms(seconds)
-        return await self._ask(
-            lambda reply: AcquireGet(hashes=hashes, reader="r", deadline_unix_ms=end_ms, reply=reply)
-        )
+        get = {"hashes": hashes, "reader": "r", "tenant": tenant}
+        return await self._ask(lambda reply: AcquireGet(**get, deadline_unix_ms=end_ms, reply=reply))
 
-    async def release(self, lease_id):
-        await self._ask(lambda reply: ReleaseGet(lease_id=lease_id, epoch=EPOCH, reply=reply))
+    async def release(self, lease_id, tenant=""):
+        claim = Claim(lease_id=lease_id, epoch=EPOCH, tenant=tenant)
+        await self._ask(lambda reply: ReleaseGet(claim=claim, reply=reply))
 
     async def match(self, hashes):
-        return await self._ask(lambda reply: Match(hashes=hashes, reply=reply))
-
-    async def announce(self, **report):
-        return await self._ask(lambda reply: Announce(report=Report(**report), reply=reply))
+        found = await self._ask(lambda reply: Match(hashes=hashes, reply=reply))
+        return {match.location: match.num_blocks for match in found}
 
     async def forget(self, worker):
         await self._ask(lambda reply: Forget(worker=worker, reply=reply))
@@ -99,7 +101,7 @@ def names(*numbers: int) -> list[bytes]:
 async def store() -> AsyncIterator[Store]:
     made = Store()
     async with asyncio.TaskGroup() as tasks:
-        made.actor.mailbox.start(tasks)
+        made.actor.start(tasks)
         yield made
         await made.actor.close()
 
@@ -126,8 +128,7 @@ async def test_a_put_becomes_a_get_and_shows_in_matches(store):
     assert (put.indices, len(put.blocks)) == ((0, 1), 2)
     assert await store.match(names(1, 2)) == {}
     assert await store.commit(put.lease_id) == 2
-    await store.announce(worker="w", epoch="a", sequence=0, stored=tuple(names(1)))
-    assert await store.match(names(1, 2, 3)) == {"kvstore": 2, "w": 1}
+    assert await store.match(names(1, 2, 3)) == {"kvstore": 2}
     got = await store.acquire(names(1, 2, 3))
     assert got.blocks == put.blocks
     await store.release(got.lease_id)
@@ -158,7 +159,9 @@ async def test_calls_are_checked(store):
         with pytest.raises(InvalidRequest):
             await verb(names(*range(17)))
     with pytest.raises(InvalidRequest):
-        await store.announce(worker="w", epoch="a", sequence=0, stored=(b"short",))
+        await store.reserve(names(1), segment_key=b"short")
+    with pytest.raises(InvalidRequest):
+        await store.reserve(names(1), tenant="t" * 385)
     with pytest.raises(BlockLost):
         await store.commit("made up")
     with pytest.raises(BlockLost):
@@ -168,19 +171,17 @@ async def test_calls_are_checked(store):
 async def test_a_worker_that_comes_back_under_its_name_loses_what_it_had(store):
     await store.meet(epoch="a")
     await store.reserve(names(1))
-    await store.announce(worker="w", epoch="a", sequence=0, stored=tuple(names(7)))
     await store.meet(epoch="a")
     assert store.ledger() == (NUM_BLOCKS - 1, 0, 1)
     await store.meet(epoch="b")
     assert store.ledger() == (NUM_BLOCKS, 0, 0)
-    assert await store.match(names(7)) == {}
 
 
-async def test_a_forgotten_worker_is_out_of_the_index(store):
-    await store.announce(worker="w", epoch="a", sequence=0, stored=tuple(names(7)))
-    assert store.actor.view().num_indexed == 1
+async def test_the_puts_of_a_forgotten_worker_end(store):
+    await store.meet()
+    await store.reserve(names(1))
     await store.forget("w")
-    assert await store.match(names(7)) == {}
+    assert store.ledger() == (NUM_BLOCKS, 0, 0)
 
 
 async def test_a_store_that_leaves_grants_nothing_and_waits_for_the_leases_it_gave(store):

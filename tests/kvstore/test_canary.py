@@ -13,8 +13,8 @@ from headrace.core.block import KvLayout
 from headrace.errors import ConfigError
 from headrace.kvstore import canary, member
 from headrace.kvstore.config import KvStoreConfig
-from headrace.kvstore.member import KvStoreParts, build
 from headrace.kvstore.messages import Meet
+from headrace.kvstore.parts import KvStoreParts, build
 from headrace.runtime.channels import Channels
 from headrace.runtime.server import GrpcServer
 from headrace.testing.connector import Fabric, FakeConnector
@@ -140,10 +140,11 @@ async def test_an_answer_that_never_comes_ends_by_the_clock(store, monkeypatch):
 
 
 async def test_without_a_transport_it_is_not_ready_and_says_what_is_wrong(store):
-    def refuse(num_blocks: int, block_bytes: int) -> FakeConnector:
+    def refuse(blocks: object) -> FakeConnector:
         raise ConfigError("NIXL finds no transport")
 
-    store.parts.actor._connect = refuse
+    actor = store.parts.actor
+    actor._edges = replace(actor._edges, connect=refuse)
     assert await store.parts.canary.try_once(store.server.address) == "the canary block failed: config"
 
 

@@ -23,8 +23,9 @@ from headrace.core.placement import Origin, Provenance
 from headrace.errors import ConfigError
 from headrace.kvstore.disk import DiskTier, Written
 from headrace.kvstore.disk_file import DiskSpace
-from headrace.kvstore.disk_header import SECTOR_BYTES, DiskBlock
+from headrace.kvstore.disk_header import SECTOR_BYTES
 from headrace.kvstore.disk_slots import RETRY_S
+from headrace.kvstore.stored_block import StoredBlock
 from headrace.transfer.arena import map_blocks
 
 SIZE = 4096
@@ -75,7 +76,9 @@ def content(number):
 
 
 def entry(number, **facts):
-    return DiskBlock(**{"block_hash": name(number), "tenant": "t", "stored_unix_ms": number, **facts}), content(number)
+    return StoredBlock(**{"block_hash": name(number), "tenant": "t", "stored_unix_ms": number, **facts}), content(
+        number
+    )
 
 
 async def put(tier, *numbers):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from headrace.core.block import BlockHash
 from headrace.errors import ConfigError
 from headrace.kvstore.disk_file import DiskFile, DiskSpace
-from headrace.kvstore.disk_header import SECTOR_BYTES, DiskBlock
+from headrace.kvstore.disk_header import SECTOR_BYTES
+from headrace.kvstore.stored_block import StoredBlock
 from headrace.transfer.arena import map_blocks
 
 NUM_SLOTS = 4
@@ -75,7 +76,7 @@ def opened(folder, size=4096, calls=os, **changes):
 
 
 def block(number):
-    return DiskBlock(block_hash=BlockHash(number.to_bytes(16, "little")), tenant="t", stored_unix_ms=number)
+    return StoredBlock(block_hash=BlockHash(number.to_bytes(16, "little")), tenant="t", stored_unix_ms=number)
 
 
 def payload(number, size):

@@ -7,27 +7,28 @@ from hypothesis import strategies as st
 from headrace.core.block import BlockHash
 from headrace.core.placement import Origin, Provenance
 from headrace.kvstore.disk_header import (
-    MAX_TEXT_BYTES,
     SECTOR_BYTES,
-    DiskBlock,
     Header,
     HeaderForm,
     format_sector,
 )
+from headrace.kvstore.stored_block import MAX_TEXT_BYTES, StoredBlock
 
 FORM = HeaderForm(format_sector(4096, b"model"))
-HEADER = Header(block=DiskBlock(block_hash=BlockHash(bytes(16)), tenant="t"), checksum=bytes(range(16)))
+HEADER = Header(block=StoredBlock(block_hash=BlockHash(bytes(16)), tenant="t"), checksum=bytes(range(16)))
 
 headers = st.builds(
     Header,
     block=st.builds(
-        DiskBlock,
+        StoredBlock,
         block_hash=st.binary(min_size=16, max_size=16),
         tenant=st.text(max_size=9),
         digest=st.integers(0, 2**64 - 1),
         num_blocks_before=st.integers(0, 2**32 - 1),
         origin=st.builds(Origin, provenance=st.sampled_from(Provenance), policy_id=st.text(max_size=9)),
         stored_unix_ms=st.integers(0, 2**64 - 1),
+        parent=st.none() | st.binary(min_size=16, max_size=16).filter(any),
+        segment_key=st.none() | st.binary(min_size=16, max_size=16).filter(any),
     ),
     checksum=st.binary(min_size=16, max_size=16),
 )
@@ -73,4 +74,4 @@ def test_an_empty_sector_holds_no_block():
 )
 def test_facts_that_fit_no_header_are_refused(facts):
     with pytest.raises(ValueError, match=r"16 bytes|longer than|too large"):
-        DiskBlock(**{"block_hash": BlockHash(bytes(16)), "tenant": "t", **facts})
+        StoredBlock(**{"block_hash": BlockHash(bytes(16)), "tenant": "t", **facts})

@@ -9,8 +9,8 @@ from headrace.core.block import KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest
-from headrace.kvstore.actor import NUM_KEPT_BLOCKS
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.opening import NUM_KEPT_BLOCKS
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.testing.connector import Fabric
 from headrace.testing.kvstore import fake_kvstore, serve_kvstore

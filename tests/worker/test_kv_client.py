@@ -18,8 +18,8 @@ from headrace.core.placement import DECODED, Provenance
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost
-from headrace.kvstore.actor import NUM_KEPT_BLOCKS
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.opening import NUM_KEPT_BLOCKS
 from headrace.kvstore.service import KvStoreServicer
 from headrace.runtime.channels import Channels
 from headrace.testing.connector import Fabric, FakeConnector

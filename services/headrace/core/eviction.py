@@ -55,6 +55,9 @@ class EvictionOrder(Protocol):
     def use(self, name: BlockHash) -> None:
         """Take note that somebody uses a known block (a hit); it does not rest any more."""
 
+    def hold(self, name: BlockHash) -> None:
+        """Take note that a known block must stay for now, though nobody asked for it: it does not rest any more."""
+
     def rest(self, name: BlockHash) -> None:
         """Take note that nobody uses a known block any more. Of a prompt, the last block rests first."""
 
@@ -116,6 +119,10 @@ class LeastRecentlyUsed:
         """See EvictionOrder."""
         self._resting[self._chains.facts[name].tenant].pop(name, None)
 
+    def hold(self, name: BlockHash) -> None:
+        """See EvictionOrder."""
+        self.use(name)
+
     def rest(self, name: BlockHash) -> None:
         """See EvictionOrder."""
         self._num_rests += 1
@@ -171,6 +178,10 @@ class S3Fifo:
         for queue in (self._small, self._main):
             if name in queue:
                 queue[name] = min(MOST_USES, queue[name] + 1)
+
+    def hold(self, name: BlockHash) -> None:
+        """See EvictionOrder."""
+        self._resting.discard(name)
 
     def rest(self, name: BlockHash) -> None:
         """See EvictionOrder."""
@@ -280,6 +291,10 @@ class ByValue:
     def use(self, name: BlockHash) -> None:
         """See EvictionOrder."""
         self._worth[name].num_uses += 1
+        self._resting.discard(name)
+
+    def hold(self, name: BlockHash) -> None:
+        """See EvictionOrder."""
         self._resting.discard(name)
 
     def rest(self, name: BlockHash) -> None:

@@ -1,7 +1,8 @@
 """The account of one pool of blocks: who holds what, until when, and what may be reused."""
 
+import copy
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId
@@ -197,18 +198,47 @@ class BlockLedger:
         return expired
 
     def hold(self, writer_id: str, blocks: Sequence[BlockId]) -> None:
-        """Count a writer on leased blocks; they are not reused before `release_writer`.
+        """Count a writer, or one who copies without asking, on leased or cached blocks.
+
+        They are not reused before `release_writer`; the eviction order does not take it for a use.
 
         Raises:
-            ValueError: the writer exists, or a block is in no lease.
+            ValueError: the writer exists, or a block is free.
         """
         if writer_id in self._writers:
             raise ValueError(f"writer {writer_id} exists")
-        if not all(self._users[block] for block in blocks):
-            raise ValueError("a writer needs leased blocks")
+        if not all(self._users[block] or block in self._cached for block in blocks):
+            raise ValueError("a writer needs cached or leased blocks")
         for block in blocks:
+            if block in self._cached:
+                self._cached.remove(block)
+                self._order.hold(self._hash_of[block])
             self._use(block)
         self._writers[writer_id] = tuple(blocks)
+
+    def hold_next(self, writer_id: str, facts_of: Callable[[BlockHash], BlockFacts]) -> BlockHash | None:
+        """Count a writer on the cached block that would be forgotten next, and return its name; None without one.
+
+        Args:
+            writer_id: A new one.
+            facts_of: Returns what the eviction order may know of a block; it takes the block for a new one.
+        """
+        block_hash = self._order.evict()
+        if block_hash is None:
+            return None
+        self._order.add(block_hash, facts_of(block_hash))
+        block = self._block_of[block_hash]
+        self._cached.remove(block)
+        self._use(block)
+        self._writers[writer_id] = (block,)
+        return block_hash
+
+    def by_worth(self) -> tuple[BlockHash, ...]:
+        """Return the names of all cached blocks, the first to be forgotten last. Slow: for the end of a process."""
+        order, names = copy.deepcopy(self._order), []
+        while (name := order.evict()) is not None:
+            names.append(name)
+        return tuple(reversed(names))
 
     def release_writer(self, writer_id: str) -> bool:
         """The writer has settled; False when it is unknown."""

@@ -1,21 +1,18 @@
 """Composition root of the kvstore."""
 
-import asyncio
 import logging
 import secrets
 import sys
 from functools import partial
 
-from headrace.clock import WallClock
+from headrace.clock import Clock, WallClock
 from headrace.kvstore.config import KvStoreConfig
-from headrace.kvstore.member import build
+from headrace.kvstore.parts import KvStoreParts, build, running
 from headrace.runtime.channels import Channels
-from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.lifecycle import Lifecycle, run_service
 from headrace.runtime.logs import setup_logs
 from headrace.runtime.server import GrpcServer
 from headrace.settings import ServeArgs, environment
-from headrace.v1 import cluster_pb2_grpc, kvstore_pb2_grpc, pool_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -40,32 +37,35 @@ def run(args: ServeArgs) -> int:
 
 async def serve(config: KvStoreConfig, lifecycle: Lifecycle) -> None:
     """Run the kvstore until the process is asked to leave."""
-    async with Channels() as channels, asyncio.TaskGroup() as tasks:
+    clock = WallClock()
+    async with Channels() as channels:
         parts = build(
             config,
             epoch=secrets.token_hex(8),
-            clock=WallClock(),
+            clock=clock,
             channels=channels,
             begin_drain=partial(lifecycle.stop, "drain"),
         )
-        parts.actor.mailbox.start(tasks)
-        timer = tasks.create_task(parts.actor.run_timer())
-        server = GrpcServer(config.name, config.host, config.grpc_port)
-        server.add(kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server, parts.servicer)
-        server.add(pool_pb2_grpc.add_PoolServiceServicer_to_server, parts.pool)
-        server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(parts.member))
-        await server.start()
-        try:
-            proving = tasks.create_task(parts.member.keep_ready(server, parts.canary))
-            await lifecycle.stopped()
-            proving.cancel()
-            await server.drain(0.0)
-            await parts.actor.drain(lifecycle.grace_s(DRAIN_S))
-        finally:
-            await server.stop()
-        timer.cancel()
-        await parts.canary.close()
-        await parts.actor.close()
+        async with running(parts) as tasks:
+            server = GrpcServer(config.name, config.host, config.grpc_port)
+            parts.serve_on(server)
+            await server.start()
+            try:
+                proving = tasks.create_task(parts.member.keep_ready(server, parts.canary))
+                await lifecycle.stopped()
+                proving.cancel()
+                await server.drain(0.0)
+                await leave(parts, clock, lifecycle.grace_s(config.handover_s if config.siblings else DRAIN_S))
+            finally:
+                await server.stop()
+
+
+async def leave(parts: KvStoreParts, clock: Clock, grace_s: float) -> None:
+    """Grant nothing any more, hand blocks to siblings and wait for leases, for at most `grace_s` in all."""
+    end_s = clock.now() + grace_s
+    await parts.actor.close_door()
+    await parts.handover.run(end_s)
+    await parts.actor.drain(max(0.0, end_s - clock.now()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Proves that blocks can be put and got: the kvstore as a client of its own address."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.clock import Clock
-from headrace.core.block import BlockId, KvLayout
+from headrace.core.block import BlockHash, BlockId, KvLayout
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.errors import HeadraceError
+from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.actor import KvStoreActor
-from headrace.kvstore.messages import Prepare
+from headrace.kvstore.messages import Match, Prepare
 from headrace.runtime.channels import Channels
 from headrace.transfer.arena import map_blocks
 from headrace.transfer.connector import Connector
@@ -24,6 +26,8 @@ from headrace.worker.peers import Peers
 from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
 TIMEOUT_S = 5.0
+INDEX_TIMEOUT_S = 3.0
+LOOK_S = 0.05
 
 _WRITTEN, _READ = BlockId(0), BlockId(1)
 
@@ -98,9 +102,31 @@ class Canary:
         hashes, deadline_s = (self._actor.canary_hash,), self._clock.now() + TIMEOUT_S
         if await client.kv.store(hashes, (_WRITTEN,), deadline_s) != 1:
             return "the canary block could not be put"
+        reason = await self._find_in_index(hashes)
+        if reason:
+            return reason
         if await client.kv.fetch(hashes, (_READ,), deadline_s) != 1:
             return "the canary block could not be got"
         return "" if np.array_equal(written, read) else "the canary block came back with other bytes"
+
+    async def _find_in_index(self, hashes: tuple[BlockHash, ...]) -> str:
+        """Return why the block was not found by way of the shared log; without a log that answers, say nothing.
+
+        A log that is away makes no store unready: blocks can be put and got, and prefixes that are known stay known.
+        """
+        index = self._actor.index
+        if index is None or not index.is_connected:
+            return ""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(INDEX_TIMEOUT_S):
+                while not await self._is_matched(hashes):  # noqa: ASYNC110 the index tells nobody of a change
+                    await asyncio.sleep(LOOK_S)
+                return ""
+        return "the canary block was not found through the index" if index.is_connected else ""
+
+    async def _is_matched(self, hashes: tuple[BlockHash, ...]) -> bool:
+        found: tuple[PrefixMatch, ...] = await self._actor.mailbox.ask(lambda reply: Match(hashes=hashes, reply=reply))
+        return bool(found)
 
     async def _ready_client(self, address: str) -> _Client:
         layout: KvLayout = await self._actor.mailbox.ask(lambda reply: Prepare(reply=reply))

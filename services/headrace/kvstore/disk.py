@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from headrace.clock import Clock
 from headrace.core.block import BlockHash
 from headrace.kvstore.disk_file import DiskFile, DiskSpace, Scan, SystemCalls
-from headrace.kvstore.disk_header import DiskBlock
 from headrace.kvstore.disk_slots import FreeSlots
+from headrace.kvstore.stored_block import StoredBlock
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class _Kept:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     slot: int
-    block: DiskBlock
+    block: StoredBlock
     payload: memoryview
 
 
@@ -162,7 +162,7 @@ class DiskTier:
             free_slots=self.free_slots,
         )
 
-    async def open(self) -> tuple[DiskBlock, ...]:
+    async def open(self) -> tuple[StoredBlock, ...]:
         """Take the folder and return the blocks that it holds from before, the oldest first.
 
         Only their headers have been looked at. Cancelled, it ends when the disk has answered.
@@ -194,7 +194,7 @@ class DiskTier:
         )
         return tuple(reversed(survivors))
 
-    async def write(self, entries: Sequence[tuple[DiskBlock, Memory]]) -> tuple[Written, ...]:
+    async def write(self, entries: Sequence[tuple[StoredBlock, Memory]]) -> tuple[Written, ...]:
         """Write blocks and say of each what became of it; those stored can be read from then on.
 
         The memory must not change until this ends. Cancelled, it ends when the disk has answered.

@@ -22,7 +22,8 @@ import numpy as np
 import xxhash
 
 from headrace.errors import ConfigError
-from headrace.kvstore.disk_header import SECTOR_BYTES, DiskBlock, Header, HeaderForm, format_sector
+from headrace.kvstore.disk_header import SECTOR_BYTES, Header, HeaderForm, format_sector
+from headrace.kvstore.stored_block import StoredBlock
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class DiskFile:
                     headers[first + index] = header
         return Scan(headers=headers, num_torn=num_torn, num_io_errors=num_io_errors)
 
-    def write(self, slot: int, block: DiskBlock, payload: memoryview) -> bytes:
+    def write(self, slot: int, block: StoredBlock, payload: memoryview) -> bytes:
         """Fill a slot; return the payload's checksum. A reader must not be in the slot.
 
         Raises:

@@ -7,51 +7,19 @@ from functools import lru_cache
 import xxhash
 
 from headrace.core.block import HASH_BYTES, BlockHash
-from headrace.core.placement import EXACT, Origin, Provenance
+from headrace.core.placement import Origin, Provenance
+from headrace.kvstore.stored_block import StoredBlock
 
 SECTOR_BYTES = 512
 """Of a header: disks write a sector whole or not at all."""
 
 _MAGIC = b"HRKV"
-_VERSION = 1
+_VERSION = 2
 _CHECKSUM = struct.Struct("<Q")
-_FACTS = struct.Struct("<4sHBxQI16s16sQQHH")
+_FACTS = struct.Struct("<4sHBxQI16s16s16s16sQQHH")
 _FORMAT = struct.Struct("<4sHxxQ16s")
-MAX_TEXT_BYTES = SECTOR_BYTES - _FACTS.size - _CHECKSUM.size
-"""Of tenant and policy together, in UTF-8."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DiskBlock:
-    """What the disk tells of a block after a restart.
-
-    Attributes:
-        block_hash: 16 bytes; names the content.
-        tenant: Whose quota it counts against.
-        digest: Of its canonical form; 0 where none was taken.
-        num_blocks_before: In its prompt; what a block is worth depends on it.
-        origin: How its KV came to be.
-        stored_unix_ms: When the kvstore got it.
-
-    Raises:
-        ValueError: the hash has another size, tenant and policy are longer than `MAX_TEXT_BYTES`, or a number
-            does not fit (64 bits; 32 for `num_blocks_before`).
-    """
-
-    block_hash: BlockHash
-    tenant: str
-    digest: int = 0
-    num_blocks_before: int = 0
-    origin: Origin = EXACT
-    stored_unix_ms: int = 0
-
-    def __post_init__(self) -> None:
-        if self.digest >> 64 or self.stored_unix_ms >> 64 or self.num_blocks_before >> 32:
-            raise ValueError("a number is negative or too large for a header")
-        if len(self.block_hash) != HASH_BYTES:
-            raise ValueError(f"a block hash has {HASH_BYTES} bytes, found {len(self.block_hash)}")
-        if len((self.tenant + self.origin.policy_id).encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"tenant and policy are longer than {MAX_TEXT_BYTES} bytes together")
+_NOBODY = bytes(HASH_BYTES)
+"""Stands for no hash."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +31,7 @@ class Header:
         checksum: xxh3_128 of the payload.
     """
 
-    block: DiskBlock
+    block: StoredBlock
     checksum: bytes
 
 
@@ -97,6 +65,8 @@ class HeaderForm:
             block.stored_unix_ms,
             block.num_blocks_before,
             block.block_hash,
+            block.parent or _NOBODY,
+            block.segment_key or _NOBODY,
             header.checksum,
             block.digest,
             slot,
@@ -111,20 +81,27 @@ class HeaderForm:
         body, (checksum,) = sector[: -_CHECKSUM.size], _CHECKSUM.unpack(sector[-_CHECKSUM.size :])
         if xxhash.xxh3_64_intdigest(body, seed=self._seed) != checksum:
             return None
-        magic, version, provenance, stored_ms, before, name, payload, digest, place, *sizes = _FACTS.unpack_from(body)
+        magic, version, provenance, stored_ms, before, *rest = _FACTS.unpack_from(body)
+        name, parent, segment_key, payload, digest, place, *sizes = rest
         if (magic, version, place) != (_MAGIC, _VERSION, slot):
             return None
         texts, (tenant_bytes, policy_bytes) = body[_FACTS.size :], sizes
         policy = texts[tenant_bytes : tenant_bytes + policy_bytes].decode()
-        block = DiskBlock(
+        block = StoredBlock(
             block_hash=BlockHash(name),
             tenant=texts[:tenant_bytes].decode(),
             digest=digest,
             num_blocks_before=before,
             origin=_origin(provenance, policy),
             stored_unix_ms=stored_ms,
+            parent=_hash(parent),
+            segment_key=_hash(segment_key),
         )
         return Header(block=block, checksum=payload)
+
+
+def _hash(written: bytes) -> BlockHash | None:
+    return None if written == _NOBODY else BlockHash(written)
 
 
 @lru_cache(maxsize=1024)

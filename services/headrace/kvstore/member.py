@@ -1,13 +1,8 @@
-"""What the kvstore says of itself to the cluster, and what it is made of."""
+"""What the kvstore says of itself to the cluster."""
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from headrace.clock import Clock
 from headrace.core.request import PROTOCOL_VERSION
@@ -16,17 +11,14 @@ from headrace.errors import NotReady
 from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.canary import Canary
 from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.handover import Handover
 from headrace.kvstore.messages import Meet
-from headrace.kvstore.pool_service import PoolServicer
-from headrace.kvstore.service import KvStoreServicer
+from headrace.kvstore.report import store_report
 from headrace.runtime.channels import Channels
 from headrace.runtime.footprint import num_fds, num_tasks
 from headrace.runtime.server import GrpcServer
-from headrace.transfer.agent import Transport, load_bindings
-from headrace.transfer.arena import arena_of, map_blocks
-from headrace.transfer.connector import Connector, TransferStats
+from headrace.transfer.connector import TransferStats
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS, measure
-from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.peers import Peers
@@ -42,6 +34,7 @@ class KvStoreMember:
         config: Name.
         epoch: Lifetime of this process.
         actor: Source of load and pool.
+        handover: Source of what was handed over.
         channels: Connections for transport tests.
         clock: Times them.
         begin_drain: Asks the process to leave; gets the seconds that puts and gets under way may go on.
@@ -50,18 +43,21 @@ class KvStoreMember:
         not_ready_reason: Empty when a canary has come back lately.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 its parts
         self,
         config: KvStoreConfig,
         epoch: str,
         actor: KvStoreActor,
+        handover: Handover,
         channels: Channels,
+        *,
         clock: Clock,
         begin_drain: Callable[[float], None],
     ) -> None:
         self._config = config
         self._epoch = epoch
         self._actor = actor
+        self._handover = handover
         self._channels = channels
         self._clock = clock
         self._begin_drain = begin_drain
@@ -116,6 +112,7 @@ class KvStoreMember:
             report.ledger.cached = view.counts.cached
             report.ledger.leased = view.counts.leased
             report.ledger.num_leases = view.counts.num_leases
+        report.store.CopyFrom(store_report(view, self._actor.layout, self._handover.num_blocks))
         return report
 
     async def meet(self, caller: cluster_pb2.HandshakeRequest) -> None:
@@ -165,60 +162,3 @@ class KvStoreMember:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CANARY_RETRY_S if self.not_ready_reason else CANARY_INTERVAL_S):
                     await self._actor.reopened.wait()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvStoreParts:
-    """A kvstore without its server.
-
-    Attributes:
-        actor: Start `actor.mailbox` and run `actor.run_timer` in a task group; `actor.close` at the end.
-        servicer: For `add_KvStoreServiceServicer_to_server`.
-        pool: For `add_PoolServiceServicer_to_server`.
-        member: For `runtime.cluster.ClusterServicer`; run `member.keep_ready` with the canary.
-        canary: Close it before the actor.
-    """
-
-    actor: KvStoreActor
-    servicer: KvStoreServicer
-    pool: PoolServicer
-    member: KvStoreMember
-    canary: Canary
-
-
-def build(
-    config: KvStoreConfig, *, epoch: str, clock: Clock, channels: Channels, begin_drain: Callable[[float], None]
-) -> KvStoreParts:
-    """Put a kvstore together; the workers' pool opens when the first worker shakes hands.
-
-    Args:
-        config: Its settings.
-        epoch: Lifetime of this process.
-        clock: Ends leases.
-        channels: Connections to others, for transport tests.
-        begin_drain: Asks the process to leave; gets the seconds that puts and gets under way may go on.
-
-    Raises:
-        ConfigError: NIXL is not installed.
-    """
-    # Loading takes a second; the first worker's handshake must not wait for it.
-    load_bindings()
-
-    def connect(num_blocks: int, block_bytes: int) -> Connector:
-        arena = arena_of(map_blocks(num_blocks, block_bytes))
-        return NixlConnector(Transport(f"{config.name}-{epoch}"), arena, epoch, clock)
-
-    def connect_canary(blocks: NDArray[np.uint8], number: int) -> Connector:
-        name = f"{config.name}-{epoch}-canary-{number}"
-        return NixlConnector(Transport(name, is_passive=False), arena_of(blocks), epoch, clock)
-
-    actor = KvStoreActor(config, epoch, clock, connect, lambda: secrets.token_hex(16))
-    member = KvStoreMember(config, epoch, actor, channels, clock, begin_drain)
-    canary = Canary(config.name, actor, channels, clock, connect_canary)
-    return KvStoreParts(
-        actor=actor,
-        servicer=KvStoreServicer(actor, epoch),
-        pool=PoolServicer(actor, epoch, clock),
-        member=member,
-        canary=canary,
-    )

@@ -2,15 +2,30 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from headrace.core.block import BlockHash, BlockId, KvLayout
 from headrace.core.ledger import Holder
-from headrace.kvstore.index import Report
+from headrace.index.prefix_index import PrefixMatch
+from headrace.kvstore.disk import Written
+from headrace.kvstore.store import Claim
+from headrace.kvstore.stored_block import PutFacts, StoredBlock
 
 ReplyT = TypeVar("ReplyT")
 Reply: TypeAlias = "asyncio.Future[ReplyT]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coming:
+    """Blocks on their way from disk to memory.
+
+    Attributes:
+        ends: Each ends when some of them have come, or will not; they never fail.
+    """
+
+    ends: "tuple[asyncio.Future[None], ...]"
+    hashes: frozenset[BlockHash]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +34,17 @@ class Granted:
 
     Attributes:
         indices: Which of the offered blocks to write; empty for reads.
+        digests: Of each block; empty for writes.
+        coming: What to wait for before asking again, if more of the prefix is being read from disk; then there is
+            no lease yet.
     """
 
     lease_id: str = ""
     blocks: tuple[BlockId, ...] = ()
     deadline_unix_ms: int = 0
     indices: tuple[int, ...] = ()
+    digests: tuple[int, ...] = ()
+    coming: "Coming | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +62,7 @@ class Match:
     """Who holds how much of a prefix?"""
 
     hashes: Sequence[bytes]
-    reply: "Reply[dict[str, int]]"
+    reply: "Reply[tuple[PrefixMatch, ...]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +72,9 @@ class ReservePut:
     hashes: Sequence[bytes]
     layout: KvLayout
     writer: str
+    writer_epoch: str = ""
     deadline_unix_ms: int
+    facts: PutFacts = field(default_factory=PutFacts)
     reply: "Reply[Granted]"
 
 
@@ -60,19 +82,26 @@ class ReservePut:
 class CommitPut:
     """The writer has written, or gives up."""
 
-    lease_id: str
-    epoch: str
+    claim: Claim
     is_complete: bool
+    digests: Sequence[int] = ()
     reply: "Reply[int]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcquireGet:
-    """Stored blocks to read, please."""
+    """Stored blocks to read, please.
+
+    Attributes:
+        may_promote: Whether blocks on disk are worth waiting for.
+    """
 
     hashes: Sequence[bytes]
     reader: str
+    reader_epoch: str = ""
+    tenant: str = ""
     deadline_unix_ms: int
+    may_promote: bool = False
     reply: "Reply[Granted]"
 
 
@@ -80,8 +109,7 @@ class AcquireGet:
 class ReleaseGet:
     """The reader has read."""
 
-    lease_id: str
-    epoch: str
+    claim: Claim
     reply: "Reply[None]"
 
 
@@ -89,8 +117,16 @@ class ReleaseGet:
 class Quarantine:
     """A reader found other bytes than the block's digest says; answered by whether the block was here."""
 
-    block_hash: BlockHash
+    block_hash: bytes
+    tenant: str
     reply: "Reply[bool]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropQuarantined:
+    """Somebody else found these blocks to be wrong."""
+
+    hashes: tuple[BlockHash, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +134,6 @@ class ListHolders:
     """Who holds blocks?"""
 
     reply: "Reply[tuple[Holder, ...]]"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announce:
-    """A worker's own cache changed."""
-
-    report: Report
-    reply: "Reply[bool]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +159,70 @@ class CloseDoor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ListForHandover:
+    """All blocks, those most worth keeping first."""
+
+    reply: "Reply[tuple[StoredBlock, ...]]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeForHandover:
+    """Keep these blocks in memory until `hold_id` is let go; answered by those that are, or by what to wait for."""
+
+    hold_id: str
+    hashes: tuple[BlockHash, ...]
+    may_promote: bool
+    reply: "Reply[Taken]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """Blocks held, or what to wait for before asking again."""
+
+    held: tuple[tuple[StoredBlock, BlockId], ...] = ()
+    coming: Coming | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandedOver:
+    """A hold for a handover has ended; blocks that a sibling has are forgotten."""
+
+    hold_id: str
+    hashes: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskOpened:
+    """The disk's blocks are known; None where it cannot be used."""
+
+    survivors: tuple[StoredBlock, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskWrote:
+    """A batch was written, or not."""
+
+    holds: tuple[str, ...]
+    blocks: tuple[StoredBlock, ...]
+    outcomes: tuple[Written, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRead:
+    """Blocks were read, or not.
+
+    Attributes:
+        landed: Those whose bytes are in memory.
+        has_failed: Whether the disk refused.
+    """
+
+    lease_id: str
+    blocks: tuple[StoredBlock, ...]
+    landed: frozenset[BlockHash]
+    has_failed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time went by."""
 
@@ -138,4 +230,12 @@ class Tick:
 BlockMessage: TypeAlias = Match | ReservePut | CommitPut | AcquireGet | ReleaseGet | Quarantine | ListHolders
 """About blocks of the pool."""
 
-Message: TypeAlias = BlockMessage | Meet | Announce | Forget | Prepare | CloseDoor | Tick
+DiskMessage: TypeAlias = DiskOpened | DiskWrote | DiskRead
+"""From the disk."""
+
+HandoverMessage: TypeAlias = ListForHandover | TakeForHandover | HandedOver
+"""About leaving."""
+
+Message: TypeAlias = (
+    BlockMessage | DiskMessage | HandoverMessage | Meet | DropQuarantined | Forget | Prepare | CloseDoor | Tick
+)

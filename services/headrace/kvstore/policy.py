@@ -1,22 +1,27 @@
 """What the kvstore refuses, and which blocks it takes."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
-from headrace.core.block import BlockHash, KvLayout
-from headrace.errors import PeerMismatch
+from headrace.core.block import HASH_BYTES, BlockHash, KvLayout
+from headrace.core.placement import Tier
+from headrace.errors import InvalidRequest, PeerMismatch
+from headrace.index.prefix_index import PrefixMatch
+from headrace.kvstore.stored_block import MAX_TEXT_BYTES, PutFacts, StoredBlock
 
 
-def check_layout(layout: KvLayout, block_bytes: int) -> None:
-    """Refuse blocks that do not fit the pool.
+def check_layout(layout: KvLayout, kept: KvLayout) -> None:
+    """Refuse blocks that are not laid out like those of the pool.
 
     Raises:
-        PeerMismatch: they have another size.
+        PeerMismatch: they are not.
     """
-    if layout.block_bytes != block_bytes:
+    if layout != kept:
         raise PeerMismatch(
-            f"blocks of {layout.block_bytes} bytes offered, the kvstore keeps blocks of {block_bytes}: "
+            f"blocks of {layout} offered, the kvstore keeps blocks of {kept}: "
             "give workers of another model or dtype a kvstore of their own",
-            field="block_bytes",
+            field="block_bytes" if layout.block_bytes != kept.block_bytes else "layout",
         )
 
 
@@ -29,3 +34,43 @@ def wanted_indices(hashes: Sequence[BlockHash], is_known: Callable[[BlockHash], 
             wanted.append(index)
         seen.add(block_hash)
     return wanted
+
+
+def offered_blocks(hashes: Sequence[BlockHash], facts: PutFacts, now_unix_ms: int) -> tuple[StoredBlock, ...]:
+    """Return the facts of each block of a put.
+
+    Raises:
+        InvalidRequest: the key of the segment is not a hash, or tenant and policy are too long.
+    """
+    if len(facts.segment_key) not in (0, HASH_BYTES):
+        raise InvalidRequest(f"a segment's key is a block hash of {HASH_BYTES} bytes", field="segment_key")
+    if len((facts.tenant + facts.origin.policy_id).encode()) > MAX_TEXT_BYTES:
+        raise InvalidRequest(f"tenant and policy take more than {MAX_TEXT_BYTES} bytes together", field="tenant")
+    return tuple(
+        StoredBlock(
+            block_hash=name,
+            tenant=facts.tenant,
+            num_blocks_before=facts.num_blocks_before + index,
+            origin=facts.origin,
+            stored_unix_ms=now_unix_ms,
+            parent=hashes[index - 1] if index else None,
+            segment_key=BlockHash(facts.segment_key) if facts.segment_key else None,
+        )
+        for index, name in enumerate(hashes)
+    )
+
+
+def own_match(
+    location: str, hashes: Sequence[BlockHash], find: Callable[[BlockHash], tuple[Tier, StoredBlock] | None]
+) -> PrefixMatch | None:
+    """Return how much of a prefix this store holds, as the index would say it; None where it holds nothing."""
+    found = takewhile(lambda place: place is not None, map(find, hashes))
+    counts = Counter((place[0], place[1].origin) for place in found if place is not None)
+    if not counts:
+        return None
+    ordered = sorted(counts.items(), key=lambda item: item[0][0])
+    return PrefixMatch(
+        location=location,
+        num_blocks=counts.total(),
+        counts=tuple((tier, origin, number) for (tier, origin), number in ordered),
+    )

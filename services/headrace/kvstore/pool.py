@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.ledger import Holder, LedgerCounts
-from headrace.kvstore.store import BlockStore, Put, StoreTotals, Terms
+from headrace.core.ledger import LedgerCounts
+from headrace.index.events import Change
+from headrace.kvstore.store import BlockStore, Claim, Put, StoreTotals, Terms
+from headrace.kvstore.stored_block import StoredBlock
 
 NUM_CANARY_BLOCKS = 1
 
@@ -24,22 +26,23 @@ class BlockPool:
     that proving the path neither forgets a worker's block nor shows in what is reported of the workers' blocks.
 
     Args:
-        num_blocks: The workers' blocks, possibly none.
-        epoch: Lifetime of the process.
-        settle_s: How long a silent writer is believed to write.
+        workers: Of the workers' blocks, possibly none.
+        canary: Of `NUM_CANARY_BLOCKS`.
         canary_hash: Name of the canary's block; known to this process only.
+
+    Attributes:
+        workers: See above.
     """
 
-    def __init__(self, num_blocks: int, epoch: str, settle_s: float, canary_hash: BlockHash) -> None:
-        self._workers = BlockStore(num_blocks, epoch, settle_s)
-        self._canary = BlockStore(NUM_CANARY_BLOCKS, epoch, settle_s)
+    def __init__(self, workers: BlockStore, canary: BlockStore, canary_hash: BlockHash) -> None:
+        self.workers = workers
+        self._canary = canary
         self._canary_hashes = (canary_hash,)
-        self._num_blocks = num_blocks
 
     @property
     def totals(self) -> StoreTotals:
         """Counters of the workers' blocks since the start."""
-        return self._workers.totals
+        return self.workers.totals
 
     @property
     def canary_totals(self) -> StoreTotals:
@@ -48,7 +51,7 @@ class BlockPool:
 
     def counts(self) -> LedgerCounts:
         """Return the state of the workers' blocks."""
-        return self._workers.counts()
+        return self.workers.counts()
 
     def canary_counts(self) -> LedgerCounts:
         """Return the state of the canary's block."""
@@ -58,54 +61,45 @@ class BlockPool:
         """Return the id of a lease on these blocks; those of the canary are told by their names."""
         return _CANARY_LEASE + new_id if tuple(hashes) == self._canary_hashes else new_id
 
-    def match(self, hashes: Sequence[BlockHash]) -> int:
-        """Return how many leading blocks are stored."""
-        return self._workers.match(hashes)
-
-    def reserve(self, hashes: Sequence[BlockHash], terms: Terms) -> Put:
+    def reserve(self, offered: Sequence[StoredBlock], terms: Terms) -> Put:
         """Grant room for new blocks, as far as there is room."""
         if not is_canary(terms.lease_id):
-            return self._workers.reserve(hashes, terms)
+            return self.workers.reserve(offered, terms)
         # What a canary left that failed half-way would look as if it was stored already.
         self._canary.forget()
-        put = self._canary.reserve(hashes, terms)
+        put = self._canary.reserve(offered, terms)
         return replace(put, blocks=self._in_arena(put.blocks))
 
-    def commit(self, lease_id: str, epoch: str, now_s: float, *, is_complete: bool) -> int:
+    def commit(
+        self, claim: Claim, now_s: float, *, is_complete: bool, digests: Sequence[int] = ()
+    ) -> tuple[StoredBlock, ...]:
         """End a put; raises as `BlockStore.commit`."""
-        return self._of(lease_id).commit(lease_id, epoch, now_s, is_complete=is_complete)
+        return self._of(claim.lease_id).commit(claim, now_s, is_complete=is_complete, digests=digests)
 
     def acquire(self, hashes: Sequence[BlockHash], terms: Terms) -> tuple[BlockId, ...]:
         """Lease the longest stored prefix to a reader; without blocks there is no lease."""
         if not is_canary(terms.lease_id):
-            return self._workers.acquire(hashes, terms)
+            return self.workers.acquire(hashes, terms)
         return self._in_arena(self._canary.acquire(hashes, terms))
 
-    def release(self, lease_id: str, epoch: str, now_s: float) -> None:
+    def release(self, claim: Claim, now_s: float) -> None:
         """End a read; raises as `BlockStore.release`. The canary's block is forgotten with it."""
-        self._of(lease_id).release(lease_id, epoch, now_s)
-        if is_canary(lease_id):
+        self._of(claim.lease_id).release(claim, now_s)
+        if is_canary(claim.lease_id):
             self._canary.forget()
-
-    def quarantine(self, block_hash: BlockHash) -> bool:
-        """Give a block to nobody any more; return whether it was here."""
-        return self._workers.quarantine(block_hash)
-
-    def holders(self) -> tuple[Holder, ...]:
-        """Return who holds blocks of the workers."""
-        return self._workers.holders()
-
-    def drop_writer(self, writer: str) -> None:
-        """End all puts of a process that is gone."""
-        self._workers.drop_writer(writer)
 
     def expire(self, now_s: float) -> None:
         """End leases whose time is over, and writers that have been silent for long enough since."""
-        self._workers.expire(now_s)
+        self.workers.expire(now_s)
         self._canary.expire(now_s)
 
+    def take_changes(self) -> tuple[Change, ...]:
+        """Return what came and went since the last call, in order."""
+        return self.workers.take_changes() + self._canary.take_changes()
+
     def _of(self, lease_id: str) -> BlockStore:
-        return self._canary if is_canary(lease_id) else self._workers
+        return self._canary if is_canary(lease_id) else self.workers
 
     def _in_arena(self, blocks: Sequence[BlockId]) -> tuple[BlockId, ...]:
-        return tuple(BlockId(self._num_blocks + block) for block in blocks)
+        num_blocks = self.workers.counts().total
+        return tuple(BlockId(num_blocks + block) for block in blocks)

@@ -2,19 +2,16 @@
 
 import grpc.aio
 
-from headrace.core.block import BlockHash
+from headrace.core.placement import Origin, Provenance
 from headrace.core.wire import layout_from_proto
+from headrace.errors import InvalidRequest
+from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.actor import KvStoreActor
-from headrace.kvstore.index import Report
-from headrace.kvstore.messages import (
-    Announce,
-    CommitPut,
-    Granted,
-    Match,
-    ReservePut,
-)
+from headrace.kvstore.messages import CommitPut, Granted, Match, ReservePut
 from headrace.kvstore.pool_service import lease_of
-from headrace.v1 import kvstore_pb2, kvstore_pb2_grpc
+from headrace.kvstore.store import Claim
+from headrace.kvstore.stored_block import PutFacts
+from headrace.v1 import block_pb2, kvstore_pb2, kvstore_pb2_grpc
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -33,22 +30,24 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.MatchRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> kvstore_pb2.MatchResponse:
         """Find the longest known prefix per location."""
-        found: dict[str, int] = await self._mailbox.ask(lambda reply: Match(hashes=request.block_hashes, reply=reply))
-        ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-        matches = [kvstore_pb2.PrefixMatch(location=name, num_blocks=length) for name, length in ordered]
-        return kvstore_pb2.MatchResponse(matches=matches)
+        found: tuple[PrefixMatch, ...] = await self._mailbox.ask(
+            lambda reply: Match(hashes=request.block_hashes, reply=reply)
+        )
+        return kvstore_pb2.MatchResponse(matches=map(_match_to_proto, found))
 
     async def ReservePut(
         self, request: kvstore_pb2.ReservePutRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> kvstore_pb2.ReservePutResponse:
         """Reserve room for blocks that the store does not have."""
-        layout = layout_from_proto(request.layout)
+        layout, facts = layout_from_proto(request.layout), _facts_of(request)
         granted: Granted = await self._mailbox.ask(
             lambda reply: ReservePut(
                 hashes=request.block_hashes,
                 layout=layout,
                 writer=request.writer,
+                writer_epoch=request.writer_epoch,
                 deadline_unix_ms=request.deadline_unix_ms,
+                facts=facts,
                 reply=reply,
             )
         )
@@ -58,24 +57,36 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.CommitPutRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> kvstore_pb2.CommitPutResponse:
         """Make written blocks visible, or revoke them."""
+        claim = Claim(lease_id=request.lease_id, epoch=request.epoch, tenant=request.tenant)
         num_committed: int = await self._mailbox.ask(
             lambda reply: CommitPut(
-                lease_id=request.lease_id, epoch=request.epoch, is_complete=request.is_complete, reply=reply
+                claim=claim, is_complete=request.is_complete, digests=tuple(request.digests), reply=reply
             )
         )
         return kvstore_pb2.CommitPutResponse(num_committed=num_committed)
 
-    async def AnnounceBlocks(
-        self, request: kvstore_pb2.AnnounceBlocksRequest, context: grpc.aio.ServicerContext[object, object]
-    ) -> kvstore_pb2.AnnounceBlocksResponse:
-        """Take in what a worker's own cache holds."""
-        report = Report(
-            worker=request.worker,
-            epoch=request.epoch,
-            sequence=request.sequence,
-            stored=tuple(map(BlockHash, request.stored)),
-            removed=tuple(map(BlockHash, request.removed)),
-            is_snapshot=request.is_snapshot,
+
+def _facts_of(request: kvstore_pb2.ReservePutRequest) -> PutFacts:
+    try:
+        provenance = Provenance(request.provenance or Provenance.EXACT)
+    except ValueError:
+        raise InvalidRequest(f"provenance {request.provenance} is not known", field="provenance") from None
+    return PutFacts(
+        tenant=request.tenant,
+        num_blocks_before=request.num_blocks_before,
+        origin=Origin(provenance=provenance, policy_id=request.policy_id),
+        segment_key=request.segment_key,
+    )
+
+
+def _match_to_proto(match: PrefixMatch) -> kvstore_pb2.PrefixMatch:
+    tiers = [
+        kvstore_pb2.TierCount(
+            tier=block_pb2.Tier.ValueType(tier),
+            provenance=block_pb2.Provenance.ValueType(origin.provenance),
+            policy_id=origin.policy_id,
+            num_blocks=num_blocks,
         )
-        needs_snapshot: bool = await self._mailbox.ask(lambda reply: Announce(report=report, reply=reply))
-        return kvstore_pb2.AnnounceBlocksResponse(needs_snapshot=needs_snapshot)
+        for tier, origin, num_blocks in match.counts
+    ]
+    return kvstore_pb2.PrefixMatch(location=match.location, num_blocks=match.num_blocks, tiers=tiers)

@@ -76,6 +76,24 @@ _REUSE_COUNTERS: dict[str, tuple[str, _Reading]] = {
         lambda load: load.reuse.num_dropped_blocks,
     ),
 }
+_STORE_GAUGES: dict[str, tuple[str, _Reading]] = {
+    "store_dram_bytes": ("Blocks in memory that can be found.", lambda load: load.store.dram_bytes),
+    "store_disk_bytes": ("Blocks on disk.", lambda load: load.store.disk_bytes),
+    "store_disk_capacity_bytes": ("Most blocks on disk; 0 without one.", lambda load: load.store.disk_capacity_bytes),
+}
+_STORE_COUNTERS: dict[str, tuple[str, _Reading]] = {
+    "store_asked_blocks": ("Blocks asked for.", lambda load: load.store.num_asked_blocks),
+    "store_hit_blocks": ("Of them, found.", lambda load: load.store.num_hit_blocks),
+    "store_disk_hit_blocks": ("Blocks brought from disk to memory.", lambda load: load.store.num_disk_hit_blocks),
+    "store_evicted_blocks": ("Blocks forgotten in memory.", lambda load: load.store.num_evicted_blocks),
+    "store_disk_evicted_blocks": ("Blocks forgotten on disk.", lambda load: load.store.num_disk_evicted_blocks),
+    "store_disk_written_blocks": ("Blocks written to disk.", lambda load: load.store.num_disk_written_blocks),
+    "store_disk_failed_blocks": ("Blocks the disk refused or damaged.", lambda load: load.store.num_disk_failed_blocks),
+    "store_quarantined_blocks": ("Blocks whose bytes were wrong.", lambda load: load.store.num_quarantined_blocks),
+    "store_forged_blocks": ("Blocks asked for by another tenant.", lambda load: load.store.num_forged_blocks),
+    "store_over_quota_puts": ("Puts that a tenant's quota cut.", lambda load: load.store.num_over_quota_puts),
+    "store_handed_blocks": ("Blocks handed to siblings.", lambda load: load.store.num_handed_blocks),
+}
 _VLLM_GAUGES: dict[str, tuple[str, _Reading]] = {
     "vllm:num_requests_running": ("Sequences in the running batch.", lambda load: load.num_running),
     "vllm:num_requests_waiting": ("Sequences waiting.", lambda load: load.num_waiting),
@@ -200,14 +218,16 @@ class ClusterCollector(Collector):
         """Yield one family per reading."""
         members, labels = tuple(self._members()), ["worker", "role"]
         measured = tuple(member for member in members if member.load.HasField("cost"))
-        for gauges, shown in ((_WORKER_GAUGES, members), (_COST_GAUGES, measured)):
+        stores = tuple(member for member in members if member.load.HasField("store"))
+        for gauges, shown in ((_WORKER_GAUGES, members), (_COST_GAUGES, measured), (_STORE_GAUGES, stores)):
             for name, (text, read) in gauges.items():
                 gauge = GaugeMetricFamily(f"headrace_worker_{name}", text, labels=labels)
                 for member in shown:
                     gauge.add_metric([member.load.name, member.role], read(member.load))
                 yield gauge
         reusing = tuple(member for member in members if member.load.HasField("reuse"))
-        for counters, shown in ((_WORKER_COUNTERS, members), (_REUSE_COUNTERS, reusing)):
+        counted = ((_WORKER_COUNTERS, members), (_REUSE_COUNTERS, reusing), (_STORE_COUNTERS, stores))
+        for counters, shown in counted:
             for name, (text, read) in counters.items():
                 counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
                 for member in shown:

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class KvStoreServiceStub:
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix.
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix.
     """
 
     def __init__(self, channel):
@@ -50,15 +50,10 @@ class KvStoreServiceStub:
                 request_serializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.FromString,
                 _registered_method=True)
-        self.AnnounceBlocks = channel.unary_unary(
-                '/headrace.v1.KvStoreService/AnnounceBlocks',
-                request_serializer=headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksRequest.SerializeToString,
-                response_deserializer=headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksResponse.FromString,
-                _registered_method=True)
 
 
 class KvStoreServiceServicer:
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix.
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix.
     """
 
     def Match(self, request, context):
@@ -82,13 +77,6 @@ class KvStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def AnnounceBlocks(self, request, context):
-        """Tells the index which blocks a worker's own cache holds.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_KvStoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,11 +95,6 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     request_deserializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.SerializeToString,
             ),
-            'AnnounceBlocks': grpc.unary_unary_rpc_method_handler(
-                    servicer.AnnounceBlocks,
-                    request_deserializer=headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksRequest.FromString,
-                    response_serializer=headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksResponse.SerializeToString,
-            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'headrace.v1.KvStoreService', rpc_method_handlers)
@@ -121,7 +104,7 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvStoreService:
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix.
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix.
     """
 
     @staticmethod
@@ -195,33 +178,6 @@ class KvStoreService:
             '/headrace.v1.KvStoreService/CommitPut',
             headrace_dot_v1_dot_kvstore__pb2.CommitPutRequest.SerializeToString,
             headrace_dot_v1_dot_kvstore__pb2.CommitPutResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def AnnounceBlocks(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/headrace.v1.KvStoreService/AnnounceBlocks',
-            headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksRequest.SerializeToString,
-            headrace_dot_v1_dot_kvstore__pb2.AnnounceBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KvStoreServiceStub:
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix."""
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -39,12 +39,10 @@ class KvStoreServiceStub:
     """First phase of a put: reserves room for blocks the store does not have."""
     CommitPut: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.CommitPutRequest, _kvstore_pb2.CommitPutResponse]
     """Second phase: makes written blocks visible, or revokes them."""
-    AnnounceBlocks: _grpc.UnaryUnaryMultiCallable[_kvstore_pb2.AnnounceBlocksRequest, _kvstore_pb2.AnnounceBlocksResponse]
-    """Tells the index which blocks a worker's own cache holds."""
 
 @_typing.type_check_only
 class KvStoreServiceAsyncStub(KvStoreServiceStub):
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix."""
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Match: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.MatchRequest, _kvstore_pb2.MatchResponse]  # type: ignore[assignment]
@@ -53,11 +51,9 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     """First phase of a put: reserves room for blocks the store does not have."""
     CommitPut: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.CommitPutRequest, _kvstore_pb2.CommitPutResponse]  # type: ignore[assignment]
     """Second phase: makes written blocks visible, or revokes them."""
-    AnnounceBlocks: _aio.UnaryUnaryMultiCallable[_kvstore_pb2.AnnounceBlocksRequest, _kvstore_pb2.AnnounceBlocksResponse]  # type: ignore[assignment]
-    """Tells the index which blocks a worker's own cache holds."""
 
 class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keeps full KV blocks for reuse, and the index of who holds which prefix."""
+    """Keeps full KV blocks for reuse, and a copy of the index of who holds which prefix."""
 
     @_abc_1.abstractmethod
     def Match(
@@ -82,13 +78,5 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvstore_pb2.CommitPutResponse, _abc.Awaitable[_kvstore_pb2.CommitPutResponse]]:
         """Second phase: makes written blocks visible, or revokes them."""
-
-    @_abc_1.abstractmethod
-    def AnnounceBlocks(
-        self,
-        request: _kvstore_pb2.AnnounceBlocksRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_kvstore_pb2.AnnounceBlocksResponse, _abc.Awaitable[_kvstore_pb2.AnnounceBlocksResponse]]:
-        """Tells the index which blocks a worker's own cache holds."""
 
 def add_KvStoreServiceServicer_to_server(servicer: KvStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

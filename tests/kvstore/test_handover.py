@@ -1,0 +1,154 @@
+"""A store that leaves hands its blocks to those who are asked next."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import numpy as np
+import pytest
+
+from headrace.clock import WallClock
+from headrace.core.block import KvLayout
+from headrace.core.placement import Origin, Provenance
+from headrace.core.segments import store_of
+from headrace.errors import Draining
+from headrace.kvstore.__main__ import leave
+from headrace.kvstore.config import KvStoreConfig
+from headrace.kvstore.handover import chains_of
+from headrace.kvstore.opening import NUM_KEPT_BLOCKS
+from headrace.kvstore.stored_block import StoredBlock
+from headrace.runtime.channels import Channels
+from headrace.testing.connector import Fabric, FakeConnector
+from headrace.testing.kvstore import StoreClient, fake_kvstore, serve_kvstore
+from headrace.transfer.arena import map_blocks
+
+LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=32, dtype="fp32")
+CLOCK = WallClock()
+NOBODY = "127.0.0.1:1"
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def content(number: int) -> bytes:
+    return np.random.default_rng(number).bytes(LAYOUT.block_bytes)
+
+
+class Family:
+    """Stores that know each other, and a client of each."""
+
+    def __init__(self, stack: AsyncExitStack, folder) -> None:
+        self._stack, self._folder = stack, folder
+        self._fabric = Fabric()
+        self.clients: dict[str, StoreClient] = {}
+        self.parts = {}
+
+    async def serve(self, siblings=(), num_blocks=64, has_disk=False) -> str:
+        config = KvStoreConfig(
+            memory_bytes=(num_blocks + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes,
+            siblings=tuple(siblings),
+            disk_dir=self._folder if has_disk else None,
+            disk_bytes=1 << 20,
+            name=f"store-{len(self.parts)}",
+        )
+        channels = await self._stack.enter_async_context(Channels())
+        parts = fake_kvstore(self._fabric, config, CLOCK, channels)
+        server = await self._stack.enter_async_context(serve_kvstore(parts))
+        memory = map_blocks(64, LAYOUT.block_bytes)
+        connector = FakeConnector(self._fabric, f"client-{server.address}", memory, "c", CLOCK)
+        self.parts[server.address] = parts
+        self.clients[server.address] = StoreClient(server.address, channels, connector, memory, LAYOUT, CLOCK)
+        return server.address
+
+    async def leave(self, address: str, grace_s: float = 10.0) -> int:
+        await leave(self.parts[address], CLOCK, grace_s)
+        self.parts[address].actor.verify()
+        return self.parts[address].handover.num_blocks
+
+
+@pytest.fixture
+async def family(tmp_path) -> AsyncIterator[Family]:
+    async with AsyncExitStack() as stack:
+        yield Family(stack, tmp_path)
+
+
+async def put_chain(client, key: int, length: int, tenant: str = "") -> None:
+    chain = {name(number): content(number) for number in range(key, key + length)}
+    assert await client.put(chain, tenant=tenant, segment_key=name(key)) == length
+
+
+async def test_each_segment_goes_to_the_store_that_is_asked_without_this_one(family):
+    siblings = [await family.serve(), await family.serve()]
+    leaver = await family.serve(siblings)
+    keys = [100, 200, 300, 400, 500, 600]
+    for key in keys:
+        await put_chain(family.clients[leaver], key, 3, tenant="a")
+    assert await family.leave(leaver) == 18
+    assert {store_of(name(key), siblings) for key in keys} == set(siblings)
+    for key in keys:
+        heir = family.clients[store_of(name(key), siblings)]
+        chain = range(key, key + 3)
+        assert await heir.get([name(number) for number in chain], tenant="a") == [content(number) for number in chain]
+        assert await heir.get([name(key)], tenant="b") == []
+    with pytest.raises(Draining):
+        await family.clients[leaver].acquire([name(100)])
+
+
+async def test_blocks_on_disk_go_too(family):
+    heir = await family.serve()
+    leaver = await family.serve([heir], num_blocks=4, has_disk=True)
+    errands = family.parts[leaver].actor._errands
+    await family.clients[leaver].acquire([])
+    for key in (100, 200, 300):
+        await errands.settled()
+        await put_chain(family.clients[leaver], key, 3)
+    await errands.settled()
+    assert await family.leave(leaver) == 9
+    for key in (100, 200, 300):
+        assert len(await family.clients[heir].get([name(number) for number in range(key, key + 3)])) == 3
+
+
+async def test_a_sibling_that_is_gone_is_passed_over(family):
+    heir = await family.serve()
+    leaver = await family.serve([NOBODY, heir])
+    await put_chain(family.clients[leaver], 100, 3)
+    await put_chain(family.clients[leaver], 200, 3)
+    assert await family.leave(leaver) == 6
+
+
+async def test_without_time_or_siblings_nothing_is_handed_over_and_the_store_leaves(family):
+    heir = await family.serve()
+    for siblings, grace_s in (((), 10.0), ((heir,), 0.0)):
+        leaver = await family.serve(siblings)
+        await put_chain(family.clients[leaver], 100, 3)
+        assert await family.leave(leaver, grace_s) == 0
+
+
+async def test_what_a_sibling_has_already_is_not_moved(family):
+    heir = await family.serve()
+    leaver = await family.serve([heir])
+    for address in (heir, leaver):
+        await put_chain(family.clients[address], 100, 3)
+    connector = family.parts[leaver].actor.connector
+    assert await family.leave(leaver) == 3
+    assert connector.stats().written_bytes == 0
+
+
+def test_neighbours_of_one_segment_and_tenant_make_a_put_and_a_branch_makes_another():
+    def block(number: int, before: int, parent: int | None, **facts) -> StoredBlock:
+        known = {"tenant": "", "segment_key": name(1)} | facts
+        above = None if parent is None else name(parent)
+        return StoredBlock(block_hash=name(number), num_blocks_before=before, parent=above, **known)
+
+    decoded = Origin(provenance=Provenance.DECODED)
+    blocks = [
+        block(50, 64, None, segment_key=name(50)),
+        block(3, 2, 2),
+        block(1, 0, None),
+        block(2, 1, 1),
+        block(9, 2, 2),
+        block(4, 3, 3, origin=decoded),
+        block(7, 0, None, tenant="a"),
+    ]
+    chains = [[int.from_bytes(part.block_hash, "little") for part in chain] for chain in chains_of(blocks)]
+    assert chains == [[50], [1, 2, 3], [9], [4], [7]]
