@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from headrace.core.block import BlockHash
-from headrace.core.ledger import BlockLedger, Holder
+from headrace.core.holder import Holder
+from headrace.core.ledger import BlockLedger
 from headrace.errors import InternalError, Saturated
 
 

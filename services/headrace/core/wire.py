@@ -7,7 +7,7 @@ answer and an unknown error is an InternalError that names the code.
 import math
 
 from headrace.core.block import KvLayout
-from headrace.core.ledger import Holder
+from headrace.core.holder import Holder
 from headrace.core.placement import Tier
 from headrace.core.request import (
     CachedPrefix,

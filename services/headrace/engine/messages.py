@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.chained_block import ChainedBlock
-from headrace.core.ledger import Holder
+from headrace.core.holder import Holder
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.errors import HeadraceError
 

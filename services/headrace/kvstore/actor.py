@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, KvLayout, root_hash
+from headrace.core.holder import Holder
 from headrace.core.lease_terms import checked_hashes, lease_end_s
-from headrace.core.ledger import Holder, LedgerCounts
+from headrace.core.ledger import LedgerCounts
 from headrace.core.placement import Tier
 from headrace.errors import Draining, HeadraceError, NotReady
 from headrace.index.events import Change, ChangeKind

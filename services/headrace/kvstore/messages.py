@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from headrace.core.block import BlockHash, BlockId, KvLayout
-from headrace.core.ledger import Holder
+from headrace.core.holder import Holder
 from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.disk import Written
 from headrace.kvstore.store import Claim

@@ -5,7 +5,7 @@ import asyncio
 import grpc.aio
 
 from headrace.clock import Clock
-from headrace.core.ledger import Holder
+from headrace.core.holder import Holder
 from headrace.core.wire import holder_to_proto
 from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.messages import AcquireGet, Granted, ListHolders, Quarantine, ReleaseGet

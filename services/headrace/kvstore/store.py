@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.eviction import BlockFacts, EvictionOrder
-from headrace.core.ledger import BlockLedger, Holder, LedgerCounts
+from headrace.core.holder import Holder
+from headrace.core.ledger import BlockLedger, LedgerCounts
 from headrace.core.placement import Tier
 from headrace.errors import BlockLost, InvalidRequest
 from headrace.index.events import Change, ChangeKind

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.ledger import Holder
+from headrace.core.holder import Holder
 from headrace.core.request import SequenceId, SequenceSpec, Token
 from headrace.engine.messages import (
     Admitted,
