@@ -14,12 +14,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 def blocks_movers(cluster: LocalCluster) -> dict[str, str]:
-    return {process.name: process.grpc for process in cluster.state().processes if process.role != "router"}
+    return {each.name: each.grpc for each in cluster.state().processes if each.role not in ("router", "redis")}
 
 
 def test_every_server_listens_on_loopback_only(cluster):
     names = {process.name: process.pid for process in cluster.state().processes}
-    assert set(names) == {"router", "kvstore", "prefill-0", "decode-0"}
+    assert set(names) == {"router", "kvstore", "prefill-0", "decode-0", "redis"}
     for name, pid in names.items():
         listening = [found for found in psutil.Process(pid).net_connections("inet") if found.status == "LISTEN"]
         assert listening, name

@@ -11,7 +11,7 @@ from headrace.testing.cluster import LocalCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-NUM_TOKENS = 800
+NUM_TOKENS = 400
 NUM_SAMPLES = 5
 
 
