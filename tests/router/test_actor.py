@@ -86,11 +86,9 @@ async def test_a_prefix_from_the_kvstore_gives_the_same_tokens_on_a_worker_that_
     async with open_fleet(tmp_path, roles("p0 p1 d0 d1"), kvstore=True) as fleet:
         stores = [asyncio.ensure_future(worker.blocks.run_stores()) for worker in fleet.workers.values()]
         first = await collect(fleet, request(fleet, prompt_of(1, 18)))
-        client = fleet.workers["p0"].blocks._client
-        hashes = fleet.workers["p0"].blocks.hashes(prompt_of(1, 18), b"")
-        async with asyncio.timeout(5):
-            while max((await client.match(hashes)).values(), default=0) < 4:  # noqa: ASYNC110 another process's index
-                await asyncio.sleep(0.005)
+        await fleet.until(
+            lambda: sum(worker.blocks.reuse().num_stored_blocks for worker in fleet.workers.values()) >= 4, "not stored"
+        )
         used = [name for name, worker in fleet.workers.items() if worker.runner.batches]
         assert len(used) == 2
         for name in used:

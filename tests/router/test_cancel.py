@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from headrace.errors import DeadlineExceeded
-from headrace.testing.fleet import open_fleet
+from headrace.testing.fleet import BLOCK_TOKENS, open_fleet
 
 NUM_TOKENS = 4
 
@@ -68,10 +68,11 @@ async def test_a_client_may_leave_at_every_step_and_nothing_is_held(tmp_path, ro
 async def test_a_client_may_leave_while_blocks_are_fetched_and_nothing_is_held(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("p0 d0"), kvstore=True) as fleet:
         prefill = fleet.workers["p0"]
-        answer = await fleet.tokens(fleet.spec(prompt_of(1, 18), max_tokens=NUM_TOKENS))
-        prefill.blocks.store_later(prefill.blocks.hashes(prompt_of(1, 18), b""))
+        spec = fleet.spec(prompt_of(1, 18), max_tokens=NUM_TOKENS)
+        answer = await fleet.tokens(spec)
+        prefill.blocks.store_later(spec, prefill.blocks.hashes(prompt_of(1, 18), b""))
         storing = asyncio.ensure_future(prefill.blocks.run_stores())
-        await fleet.until(lambda: prefill.blocks._client.counts.num_stored_blocks == 4, "not stored")
+        await fleet.until(lambda: prefill.blocks.reuse().num_stored_blocks == 4, "not stored")
         storing.cancel()
         await asyncio.wait([storing])
 
@@ -81,7 +82,7 @@ async def test_a_client_may_leave_while_blocks_are_fetched_and_nothing_is_held(t
             return prompt_of(1, 18)
 
         await leave_everywhere(fleet, forgotten, 2)
-        assert prefill.blocks._client.counts.num_fetched_blocks > 4 * 10
+        assert sum(prefill.blocks.reuse().fetched_tokens.values()) > 4 * 10 * BLOCK_TOKENS
         assert await fleet.tokens(fleet.spec(forgotten(0), max_tokens=NUM_TOKENS)) == answer
 
 
