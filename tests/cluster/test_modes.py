@@ -60,7 +60,7 @@ def test_every_answer_has_all_its_tokens(aggregated):
 
 
 def test_disaggregated_equals_aggregated(start_cluster, aggregated):
-    check(start_cluster("prefill=1,decode=1"), aggregated, concurrency=4)
+    check(start_cluster("prefill=1,decode=1"), aggregated, concurrency=8)
 
 
 def test_two_by_two_under_concurrency_equals_aggregated_cold_and_with_prefix_hits(start_cluster, aggregated):

@@ -21,7 +21,7 @@ from headrace.v1 import index_pb2
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 PROMPT = list(range(2000, 2400))
-AWAY_S = 8.0
+AWAY_S = 6.0
 LONG_AWAY_S = 600.0
 PAUSE_S = 0.1
 STEPS = 8
