@@ -6,7 +6,7 @@ import pytest
 
 from headrace.core.block import KvLayout
 from headrace.core.placement import EXACT, Origin, Tier
-from headrace.errors import PeerMismatch
+from headrace.errors import InvalidRequest, PeerMismatch
 from headrace.kvstore.policy import check_layout, offered_blocks, own_match, wanted_indices
 from headrace.kvstore.stored_block import PutFacts, StoredBlock
 
@@ -29,6 +29,17 @@ def test_each_block_of_a_put_gets_its_place_and_its_parent():
     assert (second.num_blocks_before, second.parent) == (8, names[0])
     assert {block.segment_key for block in (first, second)} == {bytes([9]) * 16}
     assert (second.tenant, second.origin, second.stored_unix_ms) == ("a", facts.origin, 5)
+
+
+def test_the_first_block_of_a_put_follows_the_parent_that_the_writer_names():
+    (only,) = offered_blocks([bytes([1]) * 16], PutFacts(num_blocks_before=7, parent=bytes([8]) * 16), 5)
+    assert only.parent == bytes([8]) * 16
+
+
+@pytest.mark.parametrize("field", ["parent", "segment_key"])
+def test_a_parent_or_key_that_is_no_hash_is_refused(field):
+    with pytest.raises(InvalidRequest, match="16 bytes"):
+        offered_blocks([bytes([1]) * 16], PutFacts(**{field: b"short"}), 5)
 
 
 def test_a_store_says_of_itself_how_much_of_a_prefix_lies_in_which_tier():

@@ -131,4 +131,5 @@ def test_a_put_never_mixes_segments_or_provenances():
     assert [stretch.facts.num_blocks_before for stretch in found] == [0, 64, 70, 128]
     assert [stretch.facts.origin for stretch in found] == [EXACT, EXACT, DECODED, DECODED]
     assert [stretch.facts.segment_key for stretch in found] == [hashes[0], hashes[64], hashes[64], hashes[128]]
+    assert [stretch.facts.parent for stretch in found] == [None, hashes[63], hashes[69], hashes[127]]
     assert {stretch.facts.tenant for stretch in found} == {"acme"}

@@ -181,6 +181,7 @@ class Handover:
             provenance=block_pb2.Provenance.ValueType(first.origin.provenance),
             policy_id=first.origin.policy_id,
             segment_key=first.segment_key or b"",
+            parent_hash=first.parent or b"",
         )
 
     def _introduce(self, connector: Connector, layout: KvLayout) -> cluster_pb2.HandshakeRequest:

@@ -40,12 +40,14 @@ def offered_blocks(hashes: Sequence[BlockHash], facts: PutFacts, now_unix_ms: in
     """Return the facts of each block of a put.
 
     Raises:
-        InvalidRequest: the key of the segment is not a hash, or tenant and policy are too long.
+        InvalidRequest: the key of the segment or the parent is not a hash, or tenant and policy are too long.
     """
-    if len(facts.segment_key) not in (0, HASH_BYTES):
-        raise InvalidRequest(f"a segment's key is a block hash of {HASH_BYTES} bytes", field="segment_key")
+    for field, name in (("segment_key", facts.segment_key), ("parent_hash", facts.parent)):
+        if len(name) not in (0, HASH_BYTES):
+            raise InvalidRequest(f"{field} is a block hash of {HASH_BYTES} bytes", field=field)
     if len((facts.tenant + facts.origin.policy_id).encode()) > MAX_TEXT_BYTES:
         raise InvalidRequest(f"tenant and policy take more than {MAX_TEXT_BYTES} bytes together", field="tenant")
+    first_parent = BlockHash(facts.parent) if facts.parent else None
     return tuple(
         StoredBlock(
             block_hash=name,
@@ -53,7 +55,7 @@ def offered_blocks(hashes: Sequence[BlockHash], facts: PutFacts, now_unix_ms: in
             num_blocks_before=facts.num_blocks_before + index,
             origin=facts.origin,
             stored_unix_ms=now_unix_ms,
-            parent=hashes[index - 1] if index else None,
+            parent=hashes[index - 1] if index else first_parent,
             segment_key=BlockHash(facts.segment_key) if facts.segment_key else None,
         )
         for index, name in enumerate(hashes)

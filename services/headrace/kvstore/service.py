@@ -76,6 +76,7 @@ def _facts_of(request: kvstore_pb2.ReservePutRequest) -> PutFacts:
         num_blocks_before=request.num_blocks_before,
         origin=Origin(provenance=provenance, policy_id=request.policy_id),
         segment_key=request.segment_key,
+        parent=request.parent_hash,
     )
 
 

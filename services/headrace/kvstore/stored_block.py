@@ -59,9 +59,11 @@ class PutFacts:
     Attributes:
         num_blocks_before: In the prompt before the first of them.
         segment_key: Hash of the first block of the segment; empty if the writer does not say.
+        parent: Hash of the block before the first of them; empty if there is none.
     """
 
     tenant: str = ""
     num_blocks_before: int = 0
     origin: Origin = EXACT
     segment_key: bytes = b""
+    parent: bytes = b""

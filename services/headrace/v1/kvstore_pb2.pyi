@@ -150,6 +150,7 @@ class ReservePutRequest(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     POLICY_ID_FIELD_NUMBER: _builtins.int
     SEGMENT_KEY_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
     model_fingerprint: _builtins.str
     """Model fingerprint of the writer."""
     writer: _builtins.str
@@ -172,6 +173,8 @@ class ReservePutRequest(_message.Message):
     """Hash of the first block of the segment of the chain that these blocks are in: what
     the choice of a store goes by. All blocks of a put are of one segment.
     """
+    parent_hash: _builtins.bytes
+    """Hash of the block before the first one; empty if that is the prompt's first."""
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Hashes of the blocks, in order."""
@@ -194,10 +197,11 @@ class ReservePutRequest(_message.Message):
         provenance: _block_pb2.Provenance.ValueType = ...,
         policy_id: _builtins.str = ...,
         segment_key: _builtins.bytes = ...,
+        parent_hash: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "deadline_unix_ms", b"deadline_unix_ms", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_blocks_before", b"num_blocks_before", "policy_id", b"policy_id", "provenance", b"provenance", "segment_key", b"segment_key", "tenant", b"tenant", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "deadline_unix_ms", b"deadline_unix_ms", "layout", b"layout", "model_fingerprint", b"model_fingerprint", "num_blocks_before", b"num_blocks_before", "parent_hash", b"parent_hash", "policy_id", b"policy_id", "provenance", b"provenance", "segment_key", b"segment_key", "tenant", b"tenant", "writer", b"writer", "writer_epoch", b"writer_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,12 +21,14 @@ class PutFacts:
         tenant: Whose they are; empty for public ones.
         num_blocks_before: Blocks before the first one in its chain.
         segment_key: Hash of the first block of the segment that all of them are in.
+        parent: Hash of the block before the first one; None if that is the chain's first.
         origin: How their KV came to be.
     """
 
     tenant: str = ""
     num_blocks_before: int = 0
     segment_key: BlockHash | None = None
+    parent: BlockHash | None = None
     origin: Origin = EXACT
 
 
@@ -166,6 +168,7 @@ class KvClient:
             provenance=block_pb2.Provenance.ValueType(facts.origin.provenance),
             policy_id=facts.origin.policy_id,
             segment_key=facts.segment_key or put.hashes[0],
+            parent_hash=facts.parent or b"",
         )
         return await self.link.store_stub().ReservePut(request, timeout=CONTROL_TIMEOUT_S)
 

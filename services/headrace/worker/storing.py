@@ -152,6 +152,7 @@ def _stretches(chain: Chain) -> Iterator[_Stretch]:
                 tenant=chain.tenant,
                 num_blocks_before=start,
                 segment_key=segment.key,
+                parent=chain.hashes[start - 1] if start else None,
                 origin=EXACT if start < chain.num_exact else DECODED,
             )
             yield _Stretch(hashes=chain.hashes[start:end], facts=facts)
