@@ -131,6 +131,15 @@ def test_all_services_share_a_redis_of_the_clusters_own(tmp_path: Path) -> None:
     assert not any(url in word for service in services.values() for word in service.command)
 
 
+def test_clusters_that_share_a_redis_have_a_log_of_their_own_each(tmp_path: Path) -> None:
+    prefixes = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        arrange(tmp_path / name)
+        prefixes.add(yaml.safe_load((tmp_path / name / "router.yaml").read_text())["router"]["index"]["key_prefix"])
+    assert len(prefixes) == 2
+
+
 def test_a_redis_that_is_named_is_used_and_none_is_started(tmp_path: Path) -> None:
     planned = layout.plan(replace(config(tmp_path), redis_url="redis://somewhere:1"), ())
     ports = Ports("127.0.0.1", tmp_path / "ports")

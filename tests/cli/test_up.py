@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,15 @@ def test_up_starts_every_service_and_waits_until_the_router_is_ready(plan: Plan)
     assert all(state.is_alive(process.pid, process.started_s) for process in cluster.processes)
     assert len({process.grpc for process in cluster.processes if process.grpc is not None}) == 5
     assert local.ask_ready(cluster.http, 5)[0] == 200
+
+
+def test_what_up_leaves_for_the_supervisor_is_read_by_nobody_else(plan: Plan) -> None:
+    planned = dataclasses.replace(plan(), redis_url="redis://:secret@127.0.0.1:1")
+    local.up(planned, timeout_s=30)
+    files = [file for file in Path(planned.run_dir).rglob("*") if file.is_file()]
+    told = [file for file in files if b"secret" in file.read_bytes()]
+    assert told
+    assert {stat.S_IMODE(file.stat().st_mode) for file in told} == {0o600}
 
 
 def test_a_second_up_finds_the_first(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.block import BlockHash, block_hashes, root_hash
-from headrace.core.segments import Segment, segments, store_of, stores_by_preference
+from headrace.core.segments import SEGMENT_BLOCKS, Segment, segments, store_of, stores_by_preference
 from headrace.errors import NotReady
 
 CHAIN = block_hashes(root_hash("model"), range(1000), 1)
@@ -18,9 +18,10 @@ STORES = ("kv-0", "kv-1", "kv-2", "kv-3")
 
 def test_a_segment_starts_at_a_multiple_of_its_size_in_the_chain():
     assert segments(CHAIN[:130]) == (
-        Segment(start=0, end=64, key=CHAIN[0]),
-        Segment(start=64, end=128, key=CHAIN[64]),
-        Segment(start=128, end=130, key=CHAIN[128]),
+        *(
+            Segment(start=start, end=min(start + SEGMENT_BLOCKS, 130), key=CHAIN[start])
+            for start in range(0, 130, SEGMENT_BLOCKS)
+        ),
     )
 
 

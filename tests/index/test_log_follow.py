@@ -9,6 +9,7 @@ from headrace.core.placement import Origin, Provenance, Tier
 from headrace.index.connection import RedisConfig, connect
 from headrace.index.events import Change, ChangeKind
 from headrace.index.log import IndexLog, Lifetime, Written
+from headrace.index.prefix_index import PrefixIndex
 from headrace.index.publisher import IndexPublisher
 from headrace.index.replica import IndexReplica
 from headrace.testing.index import SimpleIndex
@@ -282,3 +283,33 @@ async def asked(redis):
     """Return how often each command was called by clients or scripts."""
     stats = await redis.info("commandstats")
     return {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("xread", "evalsha")}
+
+
+async def test_what_somebody_else_wrote_into_the_stream_is_left_out(redis, log):
+    (index, replica), publisher = replica_of(log), publisher_of(log)
+    publisher.note([stored([1])])
+    await publisher.step()
+    await redis.xadd("{headrace:index}:log", {"location": b"\xff\xfe", "event": b"x"})
+    await redis.hset("{headrace:index}:lives", b"\xff", b"x")
+    publisher.note([stored([2])])
+    await publisher.step()
+    await publisher.step()
+    for _ in range(4):
+        await replica.step(0.0)
+    (held,) = index.held.values()
+    assert {name for _, name in held.blocks} == {block(1), block(2)}
+
+
+async def test_locations_beyond_the_bound_are_left_out_and_the_others_are_followed(log):
+    index = PrefixIndex(budget_bytes=1 << 20, max_locations=1)
+    replica = IndexReplica(log, index, WallClock())
+    for name in ("a", "b"):
+        publisher = IndexPublisher(log, Lifetime(location=name, epoch="e", started_unix_ms=1), WallClock())
+        publisher.note([stored([1])])
+        for _ in range(2):
+            await publisher.step()
+        await replica.step(0.0)
+    for _ in range(4):
+        await replica.step(0.0)
+    assert [state.name for state in index.locations()] == ["a"]
+    assert index.match([block(1)])[0].location == "a"

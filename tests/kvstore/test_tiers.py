@@ -234,9 +234,9 @@ async def test_a_damaged_block_is_a_miss(open_store, tmp_path):
         await store.settle()
         await store.put(contents(2, 3))
         await store.settle()
-        payloads = bytearray((tmp_path / "payloads").read_bytes())
+        payloads = bytearray((tmp_path / "kvstore" / "payloads").read_bytes())
         payloads[payloads.index(content(1))] ^= 1
-        (tmp_path / "payloads").write_bytes(payloads)
+        (tmp_path / "kvstore" / "payloads").write_bytes(payloads)
         assert await store.get([name(1)]) == []
         assert store.disk.totals.num_corrupt == 1
 

@@ -125,11 +125,13 @@ async def test_puts_keep_to_their_rate_while_the_engine_works_and_only_then(open
 
 
 def test_a_put_never_mixes_segments_or_provenances():
-    hashes = tuple(BlockHash(number.to_bytes(16, "little")) for number in range(NUM_BLOCKS))
-    found = list(storing._stretches(Chain(hashes=hashes, num_exact=70, tenant="acme")))
-    assert [len(stretch.hashes) for stretch in found] == [64, 6, 58, 6]
-    assert [stretch.facts.num_blocks_before for stretch in found] == [0, 64, 70, 128]
+    hashes = tuple(BlockHash(number.to_bytes(16, "little")) for number in range(2 * SEGMENT_BLOCKS + 2))
+    size, num_exact = SEGMENT_BLOCKS, SEGMENT_BLOCKS + 6
+    found = list(storing._stretches(Chain(hashes=hashes, num_exact=num_exact, tenant="acme")))
+    starts = [0, size, num_exact, 2 * size]
+    assert [len(stretch.hashes) for stretch in found] == [size, 6, size - 6, 2]
+    assert [stretch.facts.num_blocks_before for stretch in found] == starts
     assert [stretch.facts.origin for stretch in found] == [EXACT, EXACT, DECODED, DECODED]
-    assert [stretch.facts.segment_key for stretch in found] == [hashes[0], hashes[64], hashes[64], hashes[128]]
-    assert [stretch.facts.parent for stretch in found] == [None, hashes[63], hashes[69], hashes[127]]
+    assert [stretch.facts.segment_key for stretch in found] == [hashes[i] for i in (0, size, size, 2 * size)]
+    assert [stretch.facts.parent for stretch in found] == [None, *(hashes[start - 1] for start in starts[1:])]
     assert {stretch.facts.tenant for stretch in found} == {"acme"}

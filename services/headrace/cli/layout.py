@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
+import blake3
 import yaml
 
 from headrace.cli import embedded_redis
@@ -203,7 +204,9 @@ def _redis(run_dir: Path, port: int) -> tuple[Service, str]:
 def _contents(
     layout: Layout, grpc: Mapping[str, str], http_port: int, redis_url: str
 ) -> dict[str, dict[str, dict[str, object]]]:
-    redis = {"redis": {"url": redis_url}}
+    # A name of its own, for a Redis may serve other run directories too, whose workers have the same names.
+    run_id = blake3.blake3(layout.run_dir.encode()).hexdigest(4)
+    redis = {"redis": {"url": redis_url}, "index": {"key_prefix": f"headrace:{run_id}:index"}}
     workers = dict(zip(_names(layout.roles), layout.roles, strict=True))
     stores = {name: grpc[name] for name in _store_names(layout.kvstores)}
     contents: dict[str, dict[str, dict[str, object]]] = {

@@ -16,6 +16,7 @@ import msgspec
 
 from headrace.cli import state, supervisor
 from headrace.cli.layout import Layout
+from headrace.cli.private_file import write_private
 from headrace.cli.state import ClusterState, ProcessState
 from headrace.errors import ConfigError, NotReady
 
@@ -160,7 +161,8 @@ def _launch(layout: Layout) -> int:
 
 
 def _write_layout(layout: Layout) -> None:
-    (Path(layout.run_dir) / supervisor.LAYOUT_FILE).write_bytes(msgspec.json.encode(layout))
+    # It holds the URL of Redis, with its password.
+    write_private(Path(layout.run_dir) / supervisor.LAYOUT_FILE, msgspec.json.encode(layout).decode())
 
 
 def _stop(run_dir: Path, pid: int) -> None:

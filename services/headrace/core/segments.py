@@ -13,7 +13,7 @@ import xxhash
 from headrace.core.block import BlockHash
 from headrace.errors import NotReady
 
-SEGMENT_BLOCKS = 64
+SEGMENT_BLOCKS = 16
 """Blocks of a chain that lie together: 1,024 tokens of the default block, so a short prompt asks one store."""
 
 

@@ -19,7 +19,7 @@ ALL_TENANTS = "*"
 
 _TAG = b"headrace-tenant-2\0"
 _TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_TENANT_LIMIT = "1 to 64 characters of A-Z a-z 0-9 . _ -"
+TENANT_LIMIT = "1 to 64 characters of A-Z a-z 0-9 . _ -"
 
 
 class CacheScope(Enum):
@@ -43,6 +43,11 @@ def tenant_key(cluster_secret: bytes, tenant: str, cache_salt: bytes) -> bytes:
     return hmac.digest(cluster_secret, message, "sha256")
 
 
+def is_tenant(name: str) -> bool:
+    """Return whether a tenant may have this name."""
+    return _TENANT.fullmatch(name) is not None
+
+
 def tenant_of(named: Sequence[str]) -> str:
     """Return the tenant of a request.
 
@@ -56,8 +61,8 @@ def tenant_of(named: Sequence[str]) -> str:
         return DEFAULT_TENANT
     if len(named) > 1:
         raise InvalidRequest(f"{TENANT_HEADER} is given {len(named)} times; give it once", field=TENANT_HEADER)
-    if _TENANT.fullmatch(named[0]) is None:
-        raise InvalidRequest(f"{TENANT_HEADER} must be {_TENANT_LIMIT}", field=TENANT_HEADER, limit=_TENANT_LIMIT)
+    if not is_tenant(named[0]):
+        raise InvalidRequest(f"{TENANT_HEADER} must be {TENANT_LIMIT}", field=TENANT_HEADER, limit=TENANT_LIMIT)
     return named[0]
 
 

@@ -13,6 +13,7 @@ Every write is one script, so it happens whole or not at all, and a write of ano
 refused where it would land. The stream is trimmed up to the oldest entry that some location's snapshot lacks.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -30,6 +31,9 @@ STAGED_MS = 60_000
 """How long the parts of an unfinished snapshot stay."""
 READ_ENTRIES = 64
 """Entries read at a time; publishers keep one to some 128 KiB."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Written(IntEnum):
@@ -69,9 +73,16 @@ class EntryId:
 
     @classmethod
     def parse(cls, text: bytes | str) -> "EntryId":
-        """Read what Redis writes."""
-        unix_ms, _, number = (text if isinstance(text, str) else text.decode()).partition("-")
-        return cls(int(unix_ms), int(number))
+        """Read what Redis writes.
+
+        Raises:
+            InvalidRequest: it is no place.
+        """
+        unix_ms, _, number = (text if isinstance(text, str) else text.decode("utf-8", "replace")).partition("-")
+        try:
+            return cls(int(unix_ms), int(number))
+        except ValueError as error:
+            raise InvalidRequest("the index log holds something else in place of an entry's id") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +187,15 @@ class IndexLog:
         return _state(values)
 
     async def registered(self) -> Mapping[str, Registered]:
-        """Return every location of the log.
-
-        Raises:
-            InvalidRequest: somebody else wrote there.
-        """
+        """Return every location of the log; what somebody else wrote there is left out."""
         lives: Any = await self._redis.hgetall(self._key("lives"))
-        return {location.decode(): _registered(packed) for location, packed in lives.items()}
+        found: dict[str, Registered] = {}
+        for location, packed in lives.items():
+            try:
+                found[_name(location)] = _registered(packed)
+            except InvalidRequest as error:
+                _log.warning("index_location_unreadable", extra={"problem": str(error)})
+        return found
 
     async def read_snapshot(self, location: str) -> tuple[Registered, Snapshot] | None:
         """Return a location's snapshot and where it belongs; none if the log does not know the location.
@@ -242,7 +255,7 @@ _STATE = ["incarnation", "last", "trimmed"]
 def _state(values: Sequence[bytes | None]) -> LogState:
     incarnation, last, trimmed = values
     return LogState(
-        incarnation=None if incarnation is None else incarnation.decode(),
+        incarnation=None if incarnation is None else _name(incarnation),
         last=EntryId() if last is None else EntryId.parse(last),
         trimmed=EntryId() if trimmed is None else EntryId.parse(trimmed),
     )
@@ -271,7 +284,12 @@ def _registered(packed: bytes) -> Registered:
 
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
-    return Entry(id=EntryId.parse(entry_id), location=fields.get(b"location", b"").decode(), event=fields.get(b"event"))
+    return Entry(id=EntryId.parse(entry_id), location=_name(fields.get(b"location", b"")), event=fields.get(b"event"))
+
+
+def _name(data: bytes) -> str:
+    """Return a name; one that somebody else wrote may be anything, and then is nobody's."""
+    return data.decode("utf-8", "replace")
 
 
 class _Script:
@@ -364,7 +382,8 @@ local function trim()
   local oldest, kept = last(), string.format('%.0f-0', math.max(0, now - keep_ms))
   if is_before(kept, oldest) then oldest = kept end
   for _, other in ipairs(redis.call('HVALS', LIVES)) do
-    local before = cmsgpack.unpack(other).before
+    local is_life, known = pcall(cmsgpack.unpack, other)
+    local before = is_life and type(known) == 'table' and known.before
     if before and is_before(before, oldest) then oldest = before end
   end
   if redis.call('XTRIM', LOG, 'MINID', '=', oldest) > 0 then

@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash
-from headrace.errors import InvalidRequest
+from headrace.errors import InvalidRequest, Saturated
 from headrace.index.connection import heed_cancellation
 from headrace.index.events import Applied, ChangeKind, Event, Snapshot, event_from_bytes
 from headrace.index.log import READ_ENTRIES, Entry, EntryId, IndexLog, LogState, Registered
@@ -19,6 +19,8 @@ WAIT_S = 2.0
 """How long a read waits for news; all that an idle replica does is to ask again so often."""
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
+MOST_REFUSED = 1024
+"""Locations without room that are told of by name."""
 GRACE_S = 30.0
 """How long locations are kept that a log which has lost its memory does not name."""
 
@@ -141,6 +143,7 @@ class IndexReplica:
         self._problem = "not connected yet"
         self._lag_s = 0.0
         self._read_s: float | None = None
+        self._refused: set[str] = set()
         self._num_events = self._num_gaps = self._num_fenced = self._num_reloads = 0
 
     def state(self) -> ReplicaState:
@@ -254,7 +257,11 @@ class IndexReplica:
         if found is None:
             return None
         life, snapshot = found
-        self._index.restore(snapshot)
+        try:
+            self._index.restore(snapshot)
+        except Saturated as error:
+            self._refuse(name, error)
+            return None
         self._note(name, snapshot.epoch, snapshot.next_sequence, life.since)
         return life
 
@@ -275,9 +282,18 @@ class IndexReplica:
             return entry.id
         try:
             return await self._apply(event_from_bytes(entry.event), entry)
+        except Saturated as error:
+            self._refuse(entry.location, error)
+            return entry.id
         except InvalidRequest as error:
             _log.warning("index_event_unreadable", extra={"location": entry.location, "problem": str(error)})
             return entry.id
+
+    def _refuse(self, name: str, error: Saturated) -> None:
+        """Go on without a location that the index has no room for."""
+        if name not in self._refused and len(self._refused) < MOST_REFUSED:
+            self._refused.add(name)
+            _log.error("index_location_refused", extra={"location": name, "problem": str(error)})
 
     async def _apply(self, event: Event, entry: Entry) -> EntryId:
         match self._index.apply(event):

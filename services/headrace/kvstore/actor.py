@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import assert_never
 
 import numpy as np
@@ -15,7 +16,7 @@ from headrace.core.holder import Holder
 from headrace.core.lease_terms import checked_hashes, lease_end_s
 from headrace.core.ledger import LedgerCounts
 from headrace.core.placement import Tier
-from headrace.errors import Draining, HeadraceError, NotReady
+from headrace.errors import ConfigError, Draining, HeadraceError, NotReady
 from headrace.index.events import Change, ChangeKind
 from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.config import KvStoreConfig
@@ -59,7 +60,6 @@ from headrace.kvstore.store_index import StoreIndex
 from headrace.kvstore.stored_block import StoredBlock
 from headrace.kvstore.tiers import Tiers
 from headrace.runtime.actor import Actor, ActorStats
-from headrace.transfer.arena import map_blocks
 from headrace.transfer.connector import Connector
 
 logger = logging.getLogger(__name__)
@@ -324,13 +324,20 @@ class KvStoreActor:
         await self._close_trial()
         pool, memory = await self._open_arena(num_blocks, layout)
         if self._config.disk_dir is not None:
-            self._tiers = self._opening.tiers(self._config.disk_dir, layout, pool, memory, self._errands)
-            self._tiers.open()
+            self._open_tiers(self._config.disk_dir / self._config.name, layout, pool, memory)
         self.layout = layout
         logger.info("block pool opened", extra={"num_blocks": num_blocks, "block_bytes": layout.block_bytes})
 
+    def _open_tiers(self, folder: Path, layout: KvLayout, pool: BlockPool, memory: NDArray[np.uint8]) -> None:
+        try:
+            self._tiers = self._opening.tiers(folder, layout, pool, memory, self._errands)
+        except ConfigError as error:
+            logger.error("no disk tier: the store keeps blocks in memory only", extra={"error": str(error)})
+        else:
+            self._tiers.open()
+
     async def _open_arena(self, num_blocks: int, layout: KvLayout) -> tuple[BlockPool, NDArray[np.uint8]]:
-        memory = map_blocks(num_blocks, layout.block_bytes)
+        memory = self._opening.memory(num_blocks, layout)
         self.connector = await asyncio.to_thread(self._edges.connect, memory)
         self._pool = pool = self._opening.pool(num_blocks, layout)
         self.reopened.set()

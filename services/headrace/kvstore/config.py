@@ -44,7 +44,7 @@ class KvStoreConfig:
         tenant_dram_bytes: Memory that one tenant's blocks may take; 0 is no limit, and public blocks have none.
         tenant_disk_bytes: Disk that one tenant's blocks may take; 0 is no limit.
         tenant_quotas: Other limits of single tenants, each `NAME=DRAM_BYTES:DISK_BYTES`.
-        disk_dir: Folder of the disk tier, used by this process alone; none is no disk tier.
+        disk_dir: Folder of disk tiers, in which each store has one of its name; none is no disk tier.
         disk_bytes: Size of the disk tier.
         disk_write: Whether blocks are written to disk when they come, or when memory becomes short.
         redis: Where the log of the shared index is; without its URL the store knows its own blocks only.
@@ -76,11 +76,11 @@ class KvStoreConfig:
     redis: RedisConfig = field(default_factory=RedisConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     siblings: tuple[str, ...] = ()
-    handover_s: float = 20.0
+    handover_s: Annotated[float, Between(0.0, 3600.0)] = 20.0
     max_hashes: Count = 65_536
     max_workers: Count = 1024
-    max_lease_s: float = 60.0
-    settle_s: float = 5.0
+    max_lease_s: Annotated[float, Between(0.01, 3600.0)] = 60.0
+    settle_s: Annotated[float, Between(0.0, 3600.0)] = 5.0
     mailbox: Count = 4096
     exit_with_parent: bool = False
 

@@ -128,7 +128,7 @@ class DiskFile:
         except OSError as error:
             self.close()
             folder = self._space.folder
-            raise ConfigError(f"the folder {folder} cannot hold blocks: {error}", field="disk_folder") from None
+            raise ConfigError(f"the folder {folder} cannot hold blocks: {error}", field="disk_dir") from None
         except ConfigError:
             self.close()
             raise
@@ -200,7 +200,7 @@ class DiskFile:
         except BlockingIOError:
             raise ConfigError(
                 f"another process keeps its blocks in {self._space.folder}: give each kvstore a folder of its own",
-                field="disk_folder",
+                field="disk_dir",
             ) from None
 
     def _open_fd(self, name: str, flags: int) -> int:

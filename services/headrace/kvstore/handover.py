@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from headrace.clock import Clock
@@ -108,9 +108,11 @@ class Handover:
 
     async def _hand(self, task: _Task, chain: Sequence[StoredBlock]) -> None:
         key = chain[0].segment_key or chain[0].block_hash
-        for address in stores_by_preference(key, self._config.siblings):
+        for number, address in enumerate(stores_by_preference(key, self._config.siblings)):
             if address in self._gone:
                 continue
+            # Of its own for each try: blocks that one has not settled are still held under the other.
+            task = replace(task, hold_id=f"{task.hold_id} {number}")
             try:
                 async with asyncio.timeout(max(0.0, task.end_s - self._clock.now())), translate_errors(address):
                     await self._put(task, address, chain)

@@ -20,6 +20,7 @@ from headrace.kvstore.shelf import Shelf
 from headrace.kvstore.store import BlockStore
 from headrace.kvstore.tiers import Tiers
 from headrace.kvstore.worth import order_facts, order_of
+from headrace.transfer.arena import map_blocks
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
 
 NUM_KEPT_BLOCKS = NUM_SCRATCH_BLOCKS + NUM_CANARY_BLOCKS
@@ -56,6 +57,18 @@ class Opening:
                 field="memory_bytes",
             )
         return num_blocks
+
+    def memory(self, num_blocks: int, layout: KvLayout) -> NDArray[np.uint8]:
+        """Map memory for `num_blocks`.
+
+        Raises:
+            NotReady: the system does not give that much.
+        """
+        try:
+            return map_blocks(num_blocks, layout.block_bytes)
+        except (OSError, OverflowError, ValueError) as error:
+            reason = f"memory_bytes of {self.config.memory_bytes} cannot be mapped: {error}"
+            raise NotReady(reason, field="memory_bytes") from error
 
     def pool(self, num_blocks: int, layout: KvLayout) -> BlockPool:
         """Return a pool of `num_blocks`, those kept included."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from headrace.core.tenancy import TENANT_LIMIT, is_tenant
 from headrace.errors import ConfigError
 
 
@@ -45,16 +46,25 @@ def parse_quotas(texts: Sequence[str]) -> dict[str, Quota]:
         texts: Each `NAME=DRAM_BYTES:DISK_BYTES`.
 
     Raises:
-        ConfigError: one is not of that form.
+        ConfigError: one is not of that form, or a tenant has two.
     """
-    return dict(map(_parse, texts))
+    quotas: dict[str, Quota] = {}
+    for text in texts:
+        tenant, quota = _parse(text)
+        if tenant in quotas:
+            raise ConfigError(f"tenant {tenant!r} has two quotas", field="tenant_quotas")
+        quotas[tenant] = quota
+    return quotas
 
 
 def _parse(text: str) -> tuple[str, Quota]:
     tenant, _, sizes = text.rpartition("=")
     dram, _, disk = sizes.partition(":")
-    if not (tenant and dram.isdecimal() and disk.isdecimal()):
-        raise ConfigError(f"a quota is NAME=DRAM_BYTES:DISK_BYTES, found {text!r}", field="tenant_quotas")
+    if not (is_tenant(tenant) and sizes.isascii() and dram.isdecimal() and disk.isdecimal()):
+        raise ConfigError(
+            f"a quota is NAME=DRAM_BYTES:DISK_BYTES with a name of {TENANT_LIMIT}, found {text!r}",
+            field="tenant_quotas",
+        )
     return tenant, Quota(dram_bytes=int(dram), disk_bytes=int(disk))
 
 

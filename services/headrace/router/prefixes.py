@@ -1,6 +1,6 @@
 """What the router's copy of the index says of a prompt: a hint, from memory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.core.block import BlockHash
@@ -38,10 +38,12 @@ class Prefixes:
 
     Args:
         index: The copy.
+        is_current: Returns whether the copy follows the log now; while it does not, nobody is to blame for its errors.
     """
 
-    def __init__(self, index: PrefixIndex) -> None:
+    def __init__(self, index: PrefixIndex, is_current: Callable[[], bool] = lambda: True) -> None:
         self._index = index
+        self.is_current = is_current
 
     def look_up(self, hashes: Sequence[BlockHash], workers: Mapping[str, str], stores: Mapping[str, str]) -> Cached:
         """Return who holds how much of a prompt.

@@ -181,7 +181,7 @@ class SequenceRun:
 
     def _note_drift(self, cached: Cached, actual: int) -> None:
         """Compare what the index promised with what was reused; the last known token is never reused."""
-        if self._parts.prefixes is not None:
+        if self._parts.prefixes is not None and self._parts.prefixes.is_current():
             usable = (len(self._spec.tokens) - 1) // self._block_tokens
             self._parts.drift.note(min(cached.num_reachable, usable) * self._block_tokens, actual)
 

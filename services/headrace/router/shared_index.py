@@ -31,7 +31,7 @@ class SharedIndex:
     def __init__(self, config: RouterConfig, clock: Clock) -> None:
         self._name = config.name
         self._copy = open_copy(config.redis, config.index, clock)
-        self.prefixes = None if self._copy is None else Prefixes(self._copy.index)
+        self.prefixes = None if self._copy is None else Prefixes(self._copy.index, self._is_current)
         self.drift = HitDrift(alarm_at=config.drift_alarm)
 
     def servicer(self) -> IndexServicer:
@@ -64,6 +64,12 @@ class SharedIndex:
         """Give the connection up."""
         if self._copy is not None:
             await self._copy.close()
+
+    def _is_current(self) -> bool:
+        if self._copy is None:
+            return False
+        state = self._copy.replica.state()
+        return state.is_connected and state.is_synced
 
     def _hits(self) -> Hits:
         drift = self.drift

@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from headrace.core.bandwidth import EXPECTED, LaneMeter
@@ -63,6 +64,7 @@ class Storer:
 
     def __init__(self, parts: ExchangeParts, config: ExchangeConfig, pools: Pools) -> None:
         self._engine = parts.engine
+        self._connector = parts.links.connector
         self._clock = parts.links.clock
         self._block_bytes = parts.links.caller.layout.block_bytes
         self._config = config
@@ -105,7 +107,8 @@ class Storer:
                     put = Put(hashes=stretch.hashes[: len(blocks)], local_ids=blocks, facts=stretch.facts)
                     await self._put(put, deadline_s)
             finally:
-                self._engine.unpin(lease_id)
+                # A write that ran out of time still reads them: other bytes in their place would be sent.
+                self._connector.when_settled(blocks, partial(self._engine.unpin, lease_id))
             if len(blocks) < len(stretch.hashes):
                 return  # What follows a gap is found by nobody.
 
