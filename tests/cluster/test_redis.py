@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from headrace import AsyncClient
 from headrace.cli.index_report import describe_indexes
 from headrace.clock import WallClock
+from headrace.core.placement import Tier
 from headrace.index.config import IndexConfig
 from headrace.index.connection import RedisConfig
 from headrace.index.copy import open_copy
@@ -33,7 +34,10 @@ def copies(cluster: LocalCluster) -> dict[str, index_pb2.DescribeIndexResponse]:
 
 
 def num_known(cluster: LocalCluster) -> dict[str, int]:
-    return {name: index.num_blocks for name, index in copies(cluster).items()}
+    """Return how many blocks of workers each copy knows; the kvstore's canary comes and goes among its blocks."""
+    return {
+        name: sum(location.num_device_blocks for location in index.locations) for name, index in copies(cluster).items()
+    }
 
 
 def are_current(cluster: LocalCluster) -> bool:
@@ -147,8 +151,8 @@ def test_a_redis_that_comes_back_empty_is_told_everything_again(cluster):
 
 async def num_in_log(cluster: LocalCluster) -> int:
     """Return how many blocks somebody learns who knows nothing but what is in Redis now."""
-    written = yaml.safe_load((cluster.run_dir / "router.yaml").read_text())["router"]["redis"]
-    copy = open_copy(RedisConfig(**written), IndexConfig(), WallClock())
+    written = yaml.safe_load((cluster.run_dir / "router.yaml").read_text())["router"]
+    copy = open_copy(RedisConfig(**written["redis"]), IndexConfig(**written["index"]), WallClock())
     assert copy is not None
     try:
         for _ in range(STEPS):
@@ -157,4 +161,4 @@ async def num_in_log(cluster: LocalCluster) -> int:
         return 0
     finally:
         await copy.close()
-    return copy.index.num_blocks
+    return sum(state.num_blocks.get(Tier.DEVICE, 0) for state in copy.index.locations())
