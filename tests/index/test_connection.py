@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from headrace import settings
 from headrace.clock import WallClock
 from headrace.errors import ConfigError
-from headrace.index.connection import RedisConfig, connect
+from headrace.index.connection import RedisConfig, connect, disconnect
 from headrace.index.log import IndexLog, Lifetime, Written
 from headrace.index.publisher import IndexPublisher
 from headrace.index.replica import IndexReplica
@@ -27,7 +27,7 @@ async def begins(config):
     try:
         return await IndexLog(client).begin(LIFE, 0) is Written.DONE
     finally:
-        await client.aclose()
+        await disconnect(client)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ async def test_a_password_and_an_acl_user_are_used(tmp_path):
             publisher.note([stored([number])])
             await publisher.step()
             await replica.step(0.0)
-        await client.aclose()
+        await disconnect(client)
         assert len(index.blocks("w1")) == 4
 
 
@@ -107,7 +107,7 @@ async def test_a_socket_and_a_db_are_used(tmp_path, tmp_path_factory):
         assert await begins(RedisConfig(url=f"unix://{path}?db=3"))
         client = connect(RedisConfig(url=f"{server.url}/3"))
         assert set(await IndexLog(client).registered()) == {"w1"}
-        await client.aclose()
+        await disconnect(client)
 
 
 async def test_tls_is_used_and_the_certificate_checked(tmp_path):
@@ -154,4 +154,4 @@ async def test_publishers_and_replicas_follow_a_sentinel_failover(tmp_path, monk
             assert set(await IndexLog(standby).registered()) == {"w1"}
         assert {block_hash for _, block_hash in index.blocks("w1")} == {block(1), block(2)}
         for one in (client, standby, watch):
-            await one.aclose()
+            await disconnect(one)

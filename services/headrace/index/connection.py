@@ -90,6 +90,14 @@ def connect(config: RedisConfig) -> Redis:
     return client
 
 
+async def disconnect(client: Redis) -> None:
+    """Close a client of `connect`, and the connections to Sentinels that it found its server by."""
+    await client.aclose()
+    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    for sentinel in manager.sentinels if manager is not None else ():
+        await sentinel.aclose()
+
+
 def heed_cancellation() -> None:
     """Raise `CancelledError` if the task was asked to end.
 

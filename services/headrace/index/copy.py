@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 from headrace.clock import Clock
 from headrace.core.block import BlockHash
 from headrace.index.config import IndexConfig
-from headrace.index.connection import RedisConfig, connect, heed_cancellation
+from headrace.index.connection import RedisConfig, connect, disconnect
 from headrace.index.log import IndexLog
 from headrace.index.prefix_index import PrefixIndex
 from headrace.index.replica import IndexReplica
@@ -30,7 +30,7 @@ class IndexCopy:
 
     async def close(self) -> None:
         """Give the connection up."""
-        await self.redis.aclose()
+        await disconnect(self.redis)
 
 
 def open_log(redis: RedisConfig, config: IndexConfig) -> tuple[IndexLog, Redis]:
@@ -39,7 +39,6 @@ def open_log(redis: RedisConfig, config: IndexConfig) -> tuple[IndexLog, Redis]:
     Raises:
         ConfigError: the settings of the connection are wrong.
     """
-    heed_cancellation()
     client = connect(redis)
     return IndexLog(client, prefix=config.key_prefix, forget_after_s=config.forget_after_s), client
 

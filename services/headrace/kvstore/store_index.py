@@ -7,6 +7,7 @@ from redis.asyncio import Redis
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash
+from headrace.index.connection import disconnect
 from headrace.index.copy import IndexCopy, open_copy, open_log
 from headrace.index.events import Change
 from headrace.index.log import Lifetime
@@ -55,7 +56,7 @@ class StoreIndex:
     async def close(self) -> None:
         """Leave the index and give both connections up; `run` was cancelled before."""
         await self._publisher.leave()
-        await self._redis.aclose()
+        await disconnect(self._redis)
         await self.copy.close()
 
 

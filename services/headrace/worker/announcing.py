@@ -11,6 +11,7 @@ from headrace.clock import Clock
 from headrace.core.block import BlockHash, root_hash
 from headrace.core.placement import DECODED, EXACT, Tier
 from headrace.engine.messages import CacheChange
+from headrace.index.connection import disconnect
 from headrace.index.copy import open_log
 from headrace.index.events import Change, ChangeKind
 from headrace.index.log import Lifetime
@@ -67,7 +68,7 @@ class IndexPublication:
     async def close(self) -> None:
         """Leave the index."""
         await self._publisher.leave()
-        await self._redis.aclose()
+        await disconnect(self._redis)
 
 
 class VllmPublication:
