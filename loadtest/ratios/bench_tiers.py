@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 from harness import compare, report
-from mooncake import BLOCK_TOKENS, Request, generate, read
+from mooncake import BLOCK_TOKENS, Request, conversations, generate, read
 
 from headrace.core.block import BlockHash
 from headrace.core.cost import CostModel
@@ -108,14 +107,8 @@ def facts_of(chains: Sequence[Chain]) -> dict[BlockHash, BlockFacts]:
 
 
 def sample(requests: Sequence[Request], seed: int) -> tuple[Chain, ...]:
-    """Return the prompts of a random share of the conversations: those that differ after the common first block."""
-    random = np.random.default_rng(seed)
-    kept: dict[int, bool] = {}
-    chosen = [
-        request.full_ids
-        for request in requests
-        if kept.setdefault(request.hash_ids[min(1, len(request.hash_ids) - 1)], bool(random.random() < KEPT))
-    ]
+    """Return the prompts of a random share of the conversations."""
+    chosen = [request.full_ids for request in conversations(requests, KEPT, seed)]
     return tuple(tuple(BlockHash(number.to_bytes(16, "little")) for number in ids) for ids in chosen)
 
 

@@ -81,6 +81,17 @@ def generate(seed: int, num_requests: int = NUM_REQUESTS) -> tuple[Request, ...]
     return tuple(sorted(requests[:num_requests], key=lambda request: request.at_s))
 
 
+def conversations(requests: Sequence[Request], share: float, seed: int) -> tuple[Request, ...]:
+    """Return the requests of a random share of the conversations: those that differ after the common first block."""
+    random = np.random.default_rng(seed)
+    kept: dict[int, bool] = {}
+    return tuple(
+        request
+        for request in requests
+        if kept.setdefault(request.hash_ids[min(1, len(request.hash_ids) - 1)], bool(random.random() < share))
+    )
+
+
 def _parse(line: str) -> Request:
     match json.loads(line):
         case {

@@ -174,7 +174,13 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def load(
-    cls: type[T], *, file: Path | None, section: str, env: Mapping[str, str], overrides: Mapping[str, str]
+    cls: type[T],
+    *,
+    file: Path | None,
+    section: str,
+    env: Mapping[str, str],
+    overrides: Mapping[str, str],
+    flag: str = "--set ",
 ) -> Loaded[T]:
     """Build a configuration dataclass from all its sources.
 
@@ -184,6 +190,7 @@ def load(
         section: The section to read, one word.
         env: The environment.
         overrides: Texts of the command line under dotted names.
+        flag: What stood before those names on the command line.
 
     Raises:
         ConfigError: a key is unknown, a value is bad or missing, or the file cannot be read.
@@ -191,15 +198,25 @@ def load(
     fields = dict(_flatten(cls, ""))
     values: dict[str, object] = {}
     origins: dict[str, Origin] = {}
-    for found in (*_from_file(file, section, fields), *_from_env(env, section, fields), *_from_overrides(overrides)):
+    sources: dict[str | None, str] = {}
+    for found in (
+        *_from_file(file, section, fields),
+        *_from_env(env, section, fields),
+        *_from_overrides(overrides, flag),
+    ):
         if found.name not in fields:
             raise _unknown(found.name, found.source, fields)
         values[found.name] = _convert(found.value, fields[found.name], f"{section}.{found.name}", found)
         origins[found.name] = found.origin
+        sources[found.name] = found.source
     try:
         config = _build(cls, "", values, section)
     except ValueError as error:
         raise ConfigError(f"section {section}: {error}", field=section) from error
+    except ConfigError as error:
+        if error.field not in sources:
+            raise
+        raise ConfigError(f"section {section}: {error} ({sources[error.field]})", field=error.field) from None
     settings = tuple(
         Setting(name=name, value=_lookup(config, name), origin=origins.get(name, Origin.DEFAULT)) for name in fields
     )
@@ -286,9 +303,9 @@ def _refuse_slip(variable: str, names: Iterable[str]) -> None:
         raise _unknown(variable, "the environment", names)
 
 
-def _from_overrides(overrides: Mapping[str, str]) -> Iterator[_Found]:
+def _from_overrides(overrides: Mapping[str, str], flag: str) -> Iterator[_Found]:
     for name, value in overrides.items():
-        yield _Found(name=name, value=value, origin=Origin.COMMAND_LINE, source=f"--set {name}")
+        yield _Found(name=name, value=value, origin=Origin.COMMAND_LINE, source=flag + name)
 
 
 def _unknown(name: str, source: str, known: Iterable[str]) -> ConfigError:

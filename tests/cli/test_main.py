@@ -72,6 +72,16 @@ def test_the_doctor_needs_a_cluster(tmp_path: Path, question: str) -> None:
         (("up", "--dtype", "fp8"), "run.dtype wants one of auto, fp32, bf16, int8, int4, found str 'fp8'"),
         (("up", "--model", "absent.gguf"), "absent.gguf does not exist"),
         (("up", "--set", "threads=1"), "--set wants SECTION.FIELD=VALUE"),
+        (
+            ("up", "--set", "worker.threads=many"),
+            "worker.threads wants a whole number, found str 'many' (--set worker.threads)",
+        ),
+        (("up", "--set", "decode-0.thread=1"), "unknown key 'thread' in --set decode-0.thread"),
+        (("up", "--set", "kvstore.siblings=foo"), "from 1 to 65535, found 'foo' (--set kvstore.siblings)"),
+        (
+            ("up", "--set", "prefill-0.name="),
+            "in the cluster, found '' (--set prefill-0.name)",
+        ),
         (("serve", "router", "--config", "absent.yaml"), "cannot read the configuration absent.yaml"),
         (("serve", "router", "--set", "max_moves"), "--set wants NAME=VALUE"),
     ],
@@ -82,6 +92,26 @@ def test_a_bad_option_ends_with_status_2_and_one_line(tmp_path: Path, arguments:
     assert found.stderr.startswith("headrace: ")
     assert wanted in found.stderr
     assert found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "wanted"),
+    [
+        ("HEADRACE_RUN_REDIS_URL", "redis://:hunter2@host/-3", "HEADRACE_RUN_REDIS_URL is not understood"),
+        ("HEADRACE_WORKER_KV_MEMORY_BYTES", "0", "(HEADRACE_WORKER_KV_MEMORY_BYTES)"),
+        ("HEADRACE_KVSTORE_EVICTION", "fifo", "(HEADRACE_KVSTORE_EVICTION)"),
+        ("HEADRACE_WORKER_REDIS__URL", "redis://:hunter2@host/-3", "(HEADRACE_WORKER_REDIS__URL)"),
+        ("HEADRACE_ROUTER_DRIFT", "1", "unknown key 'HEADRACE_ROUTER_DRIFT' in the environment"),
+    ],
+)
+def test_up_starts_nothing_for_a_variable_that_a_service_would_refuse(
+    tmp_path: Path, variable: str, value: str, wanted: str
+) -> None:
+    found = headrace("up", cwd=tmp_path, **{variable: value})
+    assert found.returncode == 2
+    assert wanted in found.stderr
+    assert "hunter2" not in found.stderr
+    assert not (tmp_path / ".run").exists()
 
 
 @pytest.mark.parametrize("role", Role)

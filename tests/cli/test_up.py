@@ -13,7 +13,7 @@ import pytest
 from headrace.cli import layout, state
 from headrace.cli import up as local
 from headrace.cli.layout import Layout, RunConfig
-from headrace.errors import NotReady
+from headrace.errors import ConfigError, HeadraceError, NotReady
 
 pytestmark = pytest.mark.cluster
 
@@ -126,15 +126,17 @@ def test_the_services_die_with_a_killed_supervisor_and_up_cleans_what_it_left(pl
 
 
 @pytest.mark.parametrize(
-    ("mode", "reason"),
+    ("mode", "error", "reason"),
     [
-        ("refuse", "prefill-0 refuses its configuration(?s:.*)standin will refuse"),
-        ("crash", "prefill-0 ends with status 1"),
+        ("refuse", ConfigError, "prefill-0 refuses its configuration(?s:.*)standin will refuse"),
+        ("crash", NotReady, "prefill-0 ends with status 1"),
     ],
 )
-def test_a_service_that_cannot_start_fails_up_by_name_and_stops_the_rest(plan: Plan, mode: str, reason: str) -> None:
+def test_a_service_that_cannot_start_fails_up_by_name_and_stops_the_rest(
+    plan: Plan, mode: str, error: type[HeadraceError], reason: str
+) -> None:
     broken = plan(f"prefill-0.mode={mode}", "router.mode=unready")
-    with pytest.raises(NotReady, match=reason):
+    with pytest.raises(error, match=reason):
         local.up(broken, timeout_s=30)
     assert state.read(Path(broken.run_dir)) is None
 

@@ -7,7 +7,16 @@ import pytest
 
 from headrace.testing.cluster import LocalCluster
 
+FOLDER = Path(__file__).parent
 StartCluster = Callable[..., LocalCluster]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share the usual cluster come one after the other, before those that ask for another shape."""
+    here = [index for index, item in enumerate(items) if item.path.parent == FOLDER]
+    by_shape = sorted((items[index] for index in here), key=lambda item: "cluster" not in item.fixturenames)
+    for index, item in zip(here, by_shape, strict=True):
+        items[index] = item
 
 
 class Running:
@@ -43,5 +52,7 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartClu
 
 @pytest.fixture
 def cluster(start_cluster: StartCluster) -> LocalCluster:
-    """One prefill and one decode worker, precision as `headrace up` chooses it."""
-    return start_cluster(dtype="auto")
+    """One prefill and one decode worker, precision as `headrace up` chooses it; whatever a test before has killed."""
+    found = start_cluster(dtype="auto")
+    found.wait_connected()
+    return found

@@ -102,8 +102,7 @@ async def stream_eight_and_kill(cluster: LocalCluster, victim: str) -> list[obje
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode", "kvstore"])
-def test_killing_a_process_ends_every_stream_and_the_reborn_one_serves(start_cluster, role):
-    cluster = start_cluster("prefill=1,decode=1", "bf16")
+def test_killing_a_process_ends_every_stream_and_the_reborn_one_serves(cluster, role):
     cluster.wait_connected()
     cluster.footprint()
     victim = next(name for name in cluster.members() if name.startswith(role))

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from headrace.clock import WallClock
+from headrace.core.block import Span
 from headrace.errors import DeadlineExceeded, PeerFailed, PeerMismatch
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.transfer_peer import TransferPeer, digest_of
@@ -157,6 +158,30 @@ async def test_blocks_go_both_ways_whole_and_to_the_named_places(bench):
     assert (stats.written_bytes, stats.read_bytes) == (40 * BLOCK_BYTES, 41 * BLOCK_BYTES)
     assert (stats.num_done, stats.num_failed) == (2, 0)
     await until(lambda: bench.connector.stats().num_inflight == 0)
+
+
+async def test_a_part_of_each_block_is_read_and_the_rest_left_alone(bench):
+    peer = await bench.peer()
+    name = peer.pool.agent_name
+    numbered(bench.blocks)
+    sent = bench.blocks.copy()
+    await bench.connector.write(name, range(8), range(40, 48), soon())
+    bench.blocks[:] = 7
+    num_read = bench.connector.stats().read_bytes
+    span = Span(4096, 4096 + 65_536)
+    await bench.connector.read(name, [9, 3, 20], [42, 40, 47], soon(), span)
+    expected = np.full_like(sent, 7)
+    for own, origin in ((9, 2), (3, 0), (20, 7)):
+        expected[own, span.start : span.end] = sent[origin, span.start : span.end]
+    assert np.array_equal(bench.blocks, expected)
+    assert bench.connector.stats().read_bytes - num_read == 3 * 65_536
+
+
+@pytest.mark.parametrize("span", [Span(0, 0), Span(-8, 8), Span(8, BLOCK_BYTES + 1), Span(64, 8)])
+async def test_a_part_that_no_block_has_is_refused(bench, span):
+    peer = await bench.peer()
+    with pytest.raises(ValueError, match="no part of a block"):
+        await bench.connector.read(peer.pool.agent_name, [0], [0], soon(), span)
 
 
 async def test_many_transfers_at_once_all_land(bench):

@@ -13,7 +13,7 @@ COST = CostModel(step_s=1.0, prompt_s=1.0, token_s=1e-3, pair_s=1e-6, decode_s=0
 ORDERS = {
     "lru": lambda num_blocks: LeastRecentlyUsed(),
     "s3-fifo": S3Fifo,
-    "value": lambda num_blocks: ByValue(COST, block_tokens=16, num_blocks=num_blocks, reuse_tokens=16 * num_blocks),
+    "value": lambda num_blocks: ByValue(COST, block_tokens=16, num_blocks=num_blocks),
 }
 every_order = pytest.mark.parametrize("make", ORDERS.values(), ids=ORDERS.keys())
 
@@ -147,8 +147,18 @@ def test_of_blocks_used_alike_the_one_dear_to_recompute_stays():
 
 
 def test_of_blocks_that_cost_alike_the_one_used_more_often_stays():
-    ledger = ledger_with(ORDERS["value"], 3, "a", "a", "a", "b", "c")
-    assert put(ledger, "d") == ["b"]
+    ledger = ledger_with(ORDERS["value"], 12, *"aaabcdefghijkl")
+    assert put(ledger, "m") == ["b"]
+
+
+@pytest.mark.parametrize("num_blocks", [16, 256])
+def test_what_was_worth_most_once_does_not_fill_a_store_for_good(num_blocks):
+    ledger = BlockLedger(num_blocks, ORDERS["value"](num_blocks))
+    long_ago = "".join(chr(0x100 + place) for place in range(num_blocks // 2))
+    put(ledger, long_ago)
+    for number in range(2 * num_blocks):
+        put(ledger, chr(0x1000 + number))
+    assert ledger.match(chain_of(long_ago)[0][:1]) == ()
 
 
 def test_value_fades_with_what_came_since():
@@ -157,8 +167,9 @@ def test_value_fades_with_what_came_since():
 
 
 def test_a_conversation_inherits_the_uses_of_its_earlier_turns():
-    ledger = ledger_with(ORDERS["value"], 5, "a", "ab", "abc", "x", "xy")
-    assert put(ledger, "q") == ["xy"]
+    ledger = ledger_with(ORDERS["value"], 20, "a", "ab", "abc", "x", "xy")
+    forgotten = [name for letter in "0123456789defghijklmnopqrstuvw" for name in put(ledger, letter)]
+    assert forgotten.index("xy") < forgotten.index("abc")
 
 
 def test_a_cost_model_that_says_nothing_orders_by_use():

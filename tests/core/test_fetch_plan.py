@@ -264,6 +264,35 @@ def test_patience_is_two_first_groups_and_a_small_share_of_the_prompt():
     assert plan.patience_s == pytest.approx(2 * FAST.seconds(100 << 16) + 0.03 * CPU.prefill(1601))
 
 
+@pytest.mark.parametrize("num_tokens", [1601, 1700])
+def test_as_many_of_the_last_blocks_are_read_by_layers_as_the_step_behind_them_hides(num_tokens):
+    prompt = replace(PROMPT, num_tokens=num_tokens)
+    assert plan_fetch(prompt, CPU, [source()]).layered_from == 0
+    plan = plan_fetch(prompt, CPU, [source(speed=LaneSpeed(latency_s=2e-3, byte_s=20e-9))])
+    step_s = CPU.prefill(num_tokens - 1600, 1600)
+    assert plan.first_step_s == pytest.approx(step_s)
+    hidden_s = (100 - plan.layered_from) * plan.predicted_fetch_s / 100
+    assert step_s - plan.predicted_fetch_s / 100 < hidden_s <= step_s or plan.layered_from == 0
+
+
+def test_a_step_hides_no_more_than_a_chunk_of_the_prompt():
+    prompt = replace(PROMPT, num_tokens=2600, chunk_tokens=16)
+    assert plan_fetch(prompt, CPU, [source()]).first_step_s == pytest.approx(CPU.prefill(16, 1600))
+
+
+@pytest.mark.parametrize(
+    "change", [{"may_layer": False}, {"num_tokens": 161}, {"waiting_tokens": 1000}], ids=["not asked", "short", "busy"]
+)
+def test_blocks_are_read_whole_where_layers_hide_nothing(change):
+    plan = plan_fetch(replace(PROMPT, **change), CPU, [source()])
+    assert plan.parts
+    assert plan.layered_from is None
+
+
+def test_without_a_cost_model_nobody_knows_what_a_step_hides():
+    assert plan_fetch(PROMPT, None, [source()]).layered_from is None
+
+
 def test_a_fetch_is_regretted_when_computing_would_have_been_faster():
     plan = plan_fetch(PROMPT, CPU, [source()])
     assert regret_s(plan, plan.predicted_recompute_s) == 0.0

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.core.block import KvLayout
-from headrace.core.placement import Tier
+from headrace.core.block import BlockHash, KvLayout
+from headrace.core.placement import Origin, Provenance, Tier
+from headrace.core.put_facts import PutFacts
 from headrace.core.request import (
     CachedPrefix,
     FinishReason,
@@ -23,15 +24,17 @@ from headrace.core.wire import (
     layout_to_proto,
     piece_from_proto,
     piece_to_proto,
+    read_facts,
     sampling_from_proto,
     sampling_to_proto,
     spec_from_proto,
     spec_to_proto,
     token_from_proto,
     token_to_proto,
+    write_facts,
 )
-from headrace.errors import HeadraceError, InternalError, PeerMismatch, Saturated, by_code
-from headrace.v1 import errors_pb2, generate_pb2, router_pb2
+from headrace.errors import HeadraceError, InternalError, InvalidRequest, PeerMismatch, Saturated, by_code
+from headrace.v1 import errors_pb2, generate_pb2, kvstore_pb2, router_pb2
 
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
@@ -182,3 +185,33 @@ def test_a_layout_that_would_be_misread_is_refused(field, value):
     setattr(message, field, value)
     with pytest.raises(PeerMismatch):
         layout_from_proto(message)
+
+
+HASHES = st.none() | st.binary(min_size=16, max_size=16).map(BlockHash)
+
+
+@given(
+    st.builds(
+        PutFacts,
+        tenant=TEXT,
+        num_blocks_before=UINT32,
+        origin=st.builds(Origin, provenance=st.sampled_from(Provenance), policy_id=TEXT),
+        segment_key=HASHES,
+        parent=HASHES,
+    )
+)
+def test_what_is_said_of_a_put_survives_the_wire(facts):
+    request = kvstore_pb2.ReservePutRequest()
+    write_facts(request, facts)
+    assert read_facts(kvstore_pb2.ReservePutRequest.FromString(request.SerializeToString())) == facts
+
+
+@pytest.mark.parametrize("field", ["parent_hash", "segment_key"])
+def test_a_parent_or_key_of_a_put_that_is_no_hash_is_refused(field):
+    with pytest.raises(InvalidRequest, match="16 bytes"):
+        read_facts(kvstore_pb2.ReservePutRequest(**{field: b"short"}))
+
+
+def test_an_unknown_provenance_of_a_put_is_refused():
+    with pytest.raises(InvalidRequest, match="provenance 77"):
+        read_facts(kvstore_pb2.ReservePutRequest(provenance=77))

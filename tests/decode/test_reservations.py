@@ -9,7 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from headrace.clock import VirtualClock
 from headrace.core.request import Token
-from headrace.decode.reservations import LANDING_S, WRITER_GRACE_S, Origin, Reservations
+from headrace.decode.reservations import LANDING_S, WRITER_GRACE_S, Origin, Reservations, Reused
 from headrace.engine.messages import EngineStats, HoldWriter, ReleaseWriter
 from headrace.errors import DeadlineExceeded, Saturated
 from headrace.worker.engine import AsyncEngine
@@ -64,7 +64,7 @@ class Desk:
         return self.reservations.begin_write(reservation.lease_id, epoch, writer, origin)
 
     def commit(self, reservation, writer="w"):
-        return self.reservations.commit(reservation.lease_id, writer, FIRST, 0)
+        return self.reservations.commit(reservation.lease_id, writer, FIRST, Reused())
 
 
 @pytest.fixture

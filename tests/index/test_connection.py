@@ -42,6 +42,8 @@ async def begins(config):
         "redis://:hunter2@host:99999",
         "redis://:hunter2@host/zero",
         "redis://:hunter2@host/0/1",
+        "redis://:hunter2@host/-3",
+        "unix://:hunter2@/run/redis.sock?db=-3",
         "redis://:hunter2@a,b/0",
         "redis://host?password=hunter2",
         "unix://:hunter2@",

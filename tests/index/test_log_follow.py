@@ -230,6 +230,72 @@ async def test_every_replica_is_told_of_a_quarantined_block(log):
     assert publishers[0].num_blocks == 1
 
 
+def distrusting(number):
+    return Change(kind=ChangeKind.QUARANTINED, tier=Tier.DEVICE, hashes=(block(number),))
+
+
+async def test_a_replica_that_was_cut_off_while_the_stream_was_trimmed_hears_what_was_quarantined(redis):
+    log, seen = IndexLog(redis, keep_s=0), []
+    publisher = IndexPublisher(log, life(), WallClock(), least_snapshot_bytes=1)
+    _, replica = replica_of(log, on_quarantine=seen.append)
+    publisher.note([stored([1, 2])])
+    await step_until_current(publisher, replica)
+
+    publisher.note([distrusting(1)])
+    await step_until_current(publisher)
+    publisher.note([stored(range(10, 20))])
+    await step_until_current(publisher)
+    assert (await log.state()).trimmed > replica._position
+
+    await step_until_current(replica)
+    assert seen == [(block(1),)]
+
+
+async def test_what_was_quarantined_between_a_gap_and_the_snapshot_that_closes_it_is_heard(redis):
+    log, seen = IndexLog(redis), []
+    publisher = IndexPublisher(log, life(), WallClock(), least_snapshot_bytes=1)
+    _, replica = replica_of(log, on_quarantine=seen.append)
+    publisher.note([stored([1, 2])])
+    await step_until_current(publisher, replica)
+
+    publisher._must_resync = True
+    await publisher.step()
+    publisher.note([distrusting(1)])
+    await step_until_current(publisher)
+    publisher.note([stored(range(10, 20))])
+    await step_until_current(publisher)
+
+    await step_until_current(replica)
+    assert replica.state().num_gaps == 1
+    assert (block(1),) in seen
+
+
+async def test_what_was_quarantined_before_redis_lost_its_memory_is_told_again(redis, log):
+    seen = []
+    publisher = publisher_of(log)
+    _, replica = replica_of(log, on_quarantine=seen.append)
+    publisher.note([stored([1, 2])])
+    await step_until_current(publisher, replica)
+    publisher.note([distrusting(1)])
+    await step_until_current(publisher)
+
+    await redis.flushall()
+    await step_until_current(publisher)
+    await step_until_current(replica)
+
+    assert (block(1),) in seen
+
+
+async def test_the_log_remembers_the_blocks_that_were_quarantined_last(redis, monkeypatch):
+    monkeypatch.setattr("headrace.index.log.MOST_QUARANTINED", 3)
+    log = IndexLog(redis)
+    publisher = publisher_of(log)
+    for number in range(5):
+        publisher.note([distrusting(number)])
+        await step_until_current(publisher)
+    assert await log.quarantined() == tuple(map(block, (2, 3, 4)))
+
+
 async def test_a_location_that_leaves_is_gone_at_once(log):
     publisher, (index, replica) = publisher_of(log), replica_of(log)
     publisher.note([stored([1])])

@@ -140,7 +140,6 @@ def test_events_of_an_ended_lifetime_are_fenced(log: Log) -> None:
     log.say("a", epoch="2")
     assert log.say("a", stored(chain(1, 2))) is Applied.FENCED
     assert log.index.match(chain(1, 2)) == []
-    assert log.index.totals.num_fenced == 1
 
 
 def test_blocks_without_holders_leave_the_memory_while_events_come(log: Log) -> None:
@@ -237,7 +236,7 @@ def test_what_was_matched_outlives_what_was_only_announced() -> None:
     for name in range(1, 60):
         log.say("a", stored(chain(name, 128)))
     assert lengths(log.index.match(chain(0, 256))) == {"a": 256}
-    assert log.index.totals.num_evicted > 0
+    assert log.index.num_evicted > 0
 
 
 def test_a_chain_is_dropped_from_its_end() -> None:

@@ -1,13 +1,12 @@
 """Our publisher and subscriber against the messages of vLLM's documentation, over real sockets.
 
-The classes of the messages and what both ends of the sockets do are re-created from docs/interop.md's sources.
+The classes of the messages and what both ends of the sockets do are re-created from docs/interop.md's sources, those
+of an engine in `headrace.testing.vllm`.
 """
 
 import asyncio
 import contextlib
 import itertools
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
@@ -24,54 +23,12 @@ from headrace.index.vllm_blocks import ForeignBlocks
 from headrace.index.vllm_events import EventForm
 from headrace.index.vllm_publisher import VllmPublisher, VllmPublisherConfig
 from headrace.index.vllm_subscriber import ResetReason, VllmFeed, VllmSubscriber, VllmSubscriberConfig
+from headrace.testing.vllm import END, DocumentedEngine, documented_messages, int_name
 
 ROOT = root_hash("model")
 BLOCK = 4
 TOKENS = list(range(100, 116))
 OURS = block_hashes(ROOT, TOKENS, BLOCK)
-END = (-1).to_bytes(8, "big", signed=True)
-
-
-def documented_messages(form):
-    """Return the message classes as documented, by place (until vLLM 0.22) or by name."""
-
-    class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-        ts: float
-        events: list[Any]
-        data_parallel_rank: int | None = None
-
-    class KVCacheEvent(msgspec.Struct, array_like=form is EventForm.ARRAY, omit_defaults=True, gc=False, tag=True):
-        pass
-
-    class BlockStored(KVCacheEvent):
-        block_hashes: list[bytes | int]
-        parent_block_hash: bytes | int | None
-        token_ids: list[int]
-        block_size: int
-        lora_id: int | None
-        medium: str | None
-        lora_name: str | None
-        extra_keys: list[tuple[Any, ...] | None] | None = None
-        group_idx: int | None = None
-        kv_cache_spec_kind: str | None = None
-        kv_cache_spec_sliding_window: int | None = None
-        locality: str | None = None
-
-    class BlockRemoved(KVCacheEvent):
-        block_hashes: list[bytes | int]
-        medium: str | None
-        group_idx: int | None = None
-        locality: str | None = None
-
-    class AllBlocksCleared(KVCacheEvent):
-        pass
-
-    class KVEventBatch(EventBatch):
-        events: list[BlockStored | BlockRemoved | AllBlocksCleared]
-
-    return SimpleNamespace(
-        Batch=KVEventBatch, Stored=BlockStored, Removed=BlockRemoved, Cleared=AllBlocksCleared, form=form
-    )
 
 
 @pytest.fixture(params=list(EventForm), ids=lambda form: form.value)
@@ -147,10 +104,6 @@ async def replay_of(context, publisher, start):
             batches.append((int.from_bytes(frames[1], "big"), frames[2]))
     assert frames == [b"", END, b""]
     return batches
-
-
-def int_name(block_hash):
-    return int.from_bytes(block_hash[-8:], "big")
 
 
 async def test_a_documented_reader_hears_what_we_store_and_remove(context, messages, publisher):
@@ -229,44 +182,8 @@ async def test_an_endpoint_that_is_taken_is_refused(context, publisher):
 # Our subscriber
 
 
-class DocumentedEngine:
-    """What vLLM does at the other ends: a PUB socket, and a ROUTER socket that replays the last batches."""
-
-    def __init__(self, context, messages, address, *, kept=100):
-        self.messages, self.kept = messages, kept
-        self.log, self.numbers = [], itertools.count()
-        # An XPUB socket is a PUB socket that also tells its owner who subscribes.
-        self.pub, self.router = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
-        self.pub.linger = self.router.linger = 0
-        self.pub.bind(f"{address}-pub")
-        self.router.bind(f"{address}-replay")
-
-    async def publish(self, *events, is_lost=False):
-        payload = msgspec.msgpack.encode(self.messages.Batch(ts=1.0, events=list(events), data_parallel_rank=0))
-        await self.publish_bytes(payload, is_lost=is_lost)
-
-    async def publish_bytes(self, payload, *, is_lost=False):
-        number = next(self.numbers).to_bytes(8, "big")
-        self.log = [*self.log, (number, payload)][-self.kept :]
-        if not is_lost:
-            await self.pub.send_multipart([b"kv-events", number, payload])
-
-    async def serve(self):
-        while True:
-            reader, empty, start = await self.router.recv_multipart()
-            for number, payload in self.log:
-                if number >= start:
-                    await self.router.send_multipart([reader, empty, number, payload])
-            await self.router.send_multipart([reader, empty, END, b""])
-
-    def stored(self, first, last, name=int_name):
-        parent = name(OURS[first - 1]) if first else None
-        tokens = TOKENS[first * BLOCK : last * BLOCK]
-        return self.messages.Stored([*map(name, OURS[first:last])], parent, tokens, BLOCK, None, "GPU", None, [None])
-
-    def close(self):
-        self.pub.close()
-        self.router.close()
+def told(engine, first, last, name=int_name):
+    return engine.stored(OURS, TOKENS, range(first, last), name)
 
 
 class Followed:
@@ -318,8 +235,8 @@ async def followed_engine(context, messages, address, *, kept=100, has_replay=Tr
 @pytest.mark.parametrize("name", [int_name, bytes], ids=["int", "bytes"])
 async def test_hashes_of_a_followed_engine_are_ours(context, messages, address, name):
     async with followed_engine(context, messages, address) as (engine, followed):
-        await engine.publish(engine.stored(0, 2, name))
-        await engine.publish(engine.stored(2, 4, name), messages.Removed([name(OURS[3])], "GPU"))
+        await engine.publish(told(engine, 0, 2, name))
+        await engine.publish(told(engine, 2, 4, name), messages.Removed([name(OURS[3])], "GPU"))
         assert await followed.hashes() == OURS[:2]
         stored, removed = (await followed.events.get()).changes
         assert (stored.hashes, removed.hashes) == (OURS[2:], OURS[3:])
@@ -328,7 +245,7 @@ async def test_hashes_of_a_followed_engine_are_ours(context, messages, address, 
 
 async def test_what_was_published_before_we_came_is_replayed(context, messages, address):
     engine, followed = DocumentedEngine(context, messages, address), Followed(context, address)
-    await engine.publish(engine.stored(0, 3))
+    await engine.publish(told(engine, 0, 3))
     async with running(engine.serve()), running(followed.subscriber.run()):
         await followed.begun()
         assert await followed.hashes() == OURS[:3]
@@ -338,11 +255,11 @@ async def test_what_was_published_before_we_came_is_replayed(context, messages, 
 async def test_a_gap_is_filled_from_the_replay_in_order(context, messages, address):
     async with followed_engine(context, messages, address) as (engine, followed):
         # Once this is heard the first replay has been answered: what follows is live.
-        await engine.publish(engine.stored(0, 1))
+        await engine.publish(told(engine, 0, 1))
         assert await followed.hashes() == OURS[:1]
-        await engine.publish(engine.stored(1, 2), is_lost=True)
-        await engine.publish(engine.stored(2, 3), is_lost=True)
-        await engine.publish(engine.stored(3, 4))
+        await engine.publish(told(engine, 1, 2), is_lost=True)
+        await engine.publish(told(engine, 2, 3), is_lost=True)
+        await engine.publish(told(engine, 3, 4))
         assert [await followed.hashes() for _ in range(3)] == [(block_hash,) for block_hash in OURS[1:]]
     counts = followed.feed.counts
     assert (counts.num_gaps, counts.num_malformed, counts.num_batches) == (1, 0, 4)
@@ -352,32 +269,32 @@ async def test_a_gap_is_filled_from_the_replay_in_order(context, messages, addre
 @pytest.mark.parametrize("has_replay", [True, False])
 async def test_a_gap_that_nobody_can_fill_forgets_the_engine(context, messages, address, has_replay):
     async with followed_engine(context, messages, address, kept=1, has_replay=has_replay) as (engine, followed):
-        await engine.publish(engine.stored(0, 1))
+        await engine.publish(told(engine, 0, 1))
         assert await followed.hashes() == OURS[:1]
-        await engine.publish(engine.stored(1, 2), is_lost=True)
-        await engine.publish(engine.stored(0, 1))
+        await engine.publish(told(engine, 1, 2), is_lost=True)
+        await engine.publish(told(engine, 0, 1))
         assert await followed.begun() == "1"
         assert await followed.hashes() == OURS[:1]
-        await engine.publish(engine.stored(1, 2))
+        await engine.publish(told(engine, 1, 2))
         assert await followed.hashes() == OURS[1:2]
     assert followed.feed.counts.resets[ResetReason.GAP] == 1
 
 
 async def test_an_engine_that_clears_its_cache_begins_an_epoch(context, messages, address):
     async with followed_engine(context, messages, address) as (engine, followed):
-        await engine.publish(engine.stored(0, 1), messages.Cleared(), engine.stored(0, 2))
+        await engine.publish(told(engine, 0, 1), messages.Cleared(), told(engine, 0, 2))
         assert await followed.begun() == "1"
         assert await followed.hashes() == OURS[:2]
 
 
 async def test_a_restarted_engine_is_forgotten_and_read_from_its_start(context, messages, address):
     async with followed_engine(context, messages, address) as (engine, followed):
-        await engine.publish(engine.stored(0, 4))
+        await engine.publish(told(engine, 0, 4))
         assert await followed.hashes() == OURS
         engine.close()
         assert await followed.begun() == "1"
         reborn = DocumentedEngine(context, messages, address)
-        await reborn.publish(reborn.stored(0, 2))
+        await reborn.publish(told(reborn, 0, 2))
         async with running(reborn.serve()):
             assert await followed.begun() == "2"
             assert await followed.hashes() == OURS[:2]
@@ -389,12 +306,12 @@ async def test_a_restarted_engine_is_forgotten_and_read_from_its_start(context, 
 
 async def test_an_engine_that_counts_anew_without_a_word_is_read_from_its_start(context, messages, address):
     async with followed_engine(context, messages, address) as (engine, followed):
-        await engine.publish(engine.stored(0, 2))
-        await engine.publish(engine.stored(2, 4))
+        await engine.publish(told(engine, 0, 2))
+        await engine.publish(told(engine, 2, 4))
         await followed.hashes()
         await followed.hashes()
         engine.log, engine.numbers = [], itertools.count()
-        await engine.publish(engine.stored(0, 1))
+        await engine.publish(told(engine, 0, 1))
         assert await followed.begun() == "1"
         assert await followed.hashes() == OURS[:1]
     assert followed.feed.counts.resets[ResetReason.RESTARTED] == 1
@@ -402,12 +319,12 @@ async def test_an_engine_that_counts_anew_without_a_word_is_read_from_its_start(
 
 async def test_garbage_is_counted_and_what_follows_it_is_read(context, messages, address):
     async with followed_engine(context, messages, address) as (engine, followed):
-        await engine.publish(engine.stored(0, 1))
+        await engine.publish(told(engine, 0, 1))
         assert await followed.hashes() == OURS[:1]
         await engine.publish_bytes(b"\xdd\x3f\xff\xff\xff")
         for frames in ([], [b"short", b"x"], [b"\xff" * 8, b"end"], [b"\0" * 8, b"x", b"y"]):
             await engine.pub.send_multipart([b"kv-events", *frames])
-        await engine.publish(engine.stored(1, 2))
+        await engine.publish(told(engine, 1, 2))
         assert await followed.hashes() == OURS[1:2]
     assert followed.feed.counts.num_malformed == 5
 

@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
+from headrace.core.put_facts import PutFacts
 from headrace.errors import BlockLost, DeadlineExceeded, Draining, InvalidRequest, NotReady, PeerMismatch
 from headrace.kvstore.actor import Edges, KvStoreActor
 from headrace.kvstore.config import KvStoreConfig
@@ -24,7 +26,6 @@ from headrace.kvstore.messages import (
 )
 from headrace.kvstore.opening import NUM_KEPT_BLOCKS
 from headrace.kvstore.store import Claim
-from headrace.kvstore.stored_block import PutFacts
 from headrace.testing.connector import Fabric, FakeConnector
 
 LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=8, dtype="fp32")
@@ -35,9 +36,10 @@ EPOCH = "now"
 class Store:
     """An actor and its verbs as coroutines."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: object) -> None:
         self.clock = VirtualClock(1000.0)
-        config = KvStoreConfig(memory_bytes=(NUM_BLOCKS + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes + 7, max_hashes=16)
+        memory_bytes = (NUM_BLOCKS + NUM_KEPT_BLOCKS) * LAYOUT.block_bytes + 7
+        config = KvStoreConfig(memory_bytes=memory_bytes, max_hashes=16, **settings)
         ids = itertools.count()
         edges = Edges(
             clock=self.clock,
@@ -97,13 +99,18 @@ def names(*numbers: int) -> list[bytes]:
     return [number.to_bytes(16, "little") for number in numbers]
 
 
-@pytest.fixture
-async def store() -> AsyncIterator[Store]:
-    made = Store()
+@asynccontextmanager
+async def running(made: Store) -> AsyncIterator[Store]:
     async with asyncio.TaskGroup() as tasks:
         made.actor.start(tasks)
         yield made
         await made.actor.close()
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[Store]:
+    async with running(Store()) as made:
+        yield made
 
 
 async def test_the_first_layout_opens_the_pool_and_another_size_is_refused(store):
@@ -158,8 +165,6 @@ async def test_calls_are_checked(store):
             await verb([b"short"])
         with pytest.raises(InvalidRequest):
             await verb(names(*range(17)))
-    with pytest.raises(InvalidRequest):
-        await store.reserve(names(1), segment_key=b"short")
     with pytest.raises(InvalidRequest):
         await store.reserve(names(1), tenant="t" * 385)
     with pytest.raises(BlockLost):
@@ -216,3 +221,15 @@ async def test_a_caller_that_left_gets_no_lease(store):
     assert await store.match(names(1)) == {}
     assert store.actor.view().mailbox.num_failed == 0
     assert store.ledger() == (NUM_BLOCKS, 0, 0)
+
+
+async def test_a_disk_smaller_than_one_block_leaves_a_store_of_memory_alone(tmp_path):
+    async with running(Store(disk_dir=tmp_path, disk_bytes=LAYOUT.block_bytes - 1)) as store:
+        await store.meet()
+        assert store.actor.view().disk is None
+        granted = await store.reserve(names(1, 2))
+        assert await store.commit(granted.lease_id) == 2
+        got = await store.acquire(names(1, 2))
+        assert len(got.blocks) == 2
+        await store.release(got.lease_id)
+        assert store.ledger() == (NUM_BLOCKS - 2, 2, 0)

@@ -86,6 +86,13 @@ async def test_it_is_ready_before_any_worker_came_and_keeps_proving(store):
     assert store.parts.actor.view().counts is None
 
 
+async def test_it_reports_its_load_while_its_pool_is_being_opened(store):
+    store.keep_ready()
+    async with asyncio.timeout(10.0):
+        while not store.parts.member.load().is_ready:  # noqa: ASYNC110 each turn of the loop asks for a report
+            await asyncio.sleep(0)
+
+
 async def test_a_pool_that_a_worker_opened_is_proven_too_and_stays_as_it_was(store):
     store.keep_ready()
     await store.ready()
@@ -115,8 +122,8 @@ async def test_blocks_that_do_not_move_take_readiness_away_and_give_it_back(stor
 async def test_bytes_that_change_on_the_way_take_readiness_away(store, monkeypatch):
     read = FakeConnector.read
 
-    async def damaging(self, agent_name, local_ids, remote_ids, deadline_s):
-        await read(self, agent_name, local_ids, remote_ids, deadline_s)
+    async def damaging(self, agent_name, local_ids, *where):
+        await read(self, agent_name, local_ids, *where)
         self.blocks[local_ids[0], -1] ^= 1
 
     monkeypatch.setattr(FakeConnector, "read", damaging)

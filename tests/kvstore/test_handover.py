@@ -1,5 +1,6 @@
 """A store that leaves hands its blocks to those who are asked next."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -9,8 +10,9 @@ import pytest
 from headrace.clock import WallClock
 from headrace.core.block import KvLayout
 from headrace.core.placement import Origin, Provenance
-from headrace.core.segments import store_of
+from headrace.core.segments import SEGMENT_BLOCKS, store_of
 from headrace.errors import Draining
+from headrace.kvstore import handover
 from headrace.kvstore.__main__ import leave
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.handover import chains_of
@@ -20,6 +22,7 @@ from headrace.runtime.channels import Channels
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.kvstore import StoreClient, fake_kvstore, serve_kvstore
 from headrace.transfer.arena import map_blocks
+from headrace.worker import pool_link
 
 LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=32, dtype="fp32")
 CLOCK = WallClock()
@@ -39,7 +42,7 @@ class Family:
 
     def __init__(self, stack: AsyncExitStack, folder) -> None:
         self._stack, self._folder = stack, folder
-        self._fabric = Fabric()
+        self.fabric = Fabric()
         self.clients: dict[str, StoreClient] = {}
         self.parts = {}
 
@@ -52,13 +55,16 @@ class Family:
             name=f"store-{len(self.parts)}",
         )
         channels = await self._stack.enter_async_context(Channels())
-        parts = fake_kvstore(self._fabric, config, CLOCK, channels)
+        parts = fake_kvstore(self.fabric, config, CLOCK, channels)
         server = await self._stack.enter_async_context(serve_kvstore(parts))
         memory = map_blocks(64, LAYOUT.block_bytes)
-        connector = FakeConnector(self._fabric, f"client-{server.address}", memory, "c", CLOCK)
+        connector = FakeConnector(self.fabric, f"client-{server.address}", memory, "c", CLOCK)
         self.parts[server.address] = parts
         self.clients[server.address] = StoreClient(server.address, channels, connector, memory, LAYOUT, CLOCK)
         return server.address
+
+    def agent_of(self, address: str) -> str:
+        return self.parts[address].actor.connector.pool.agent_name
 
     async def leave(self, address: str, grace_s: float = 10.0) -> int:
         await leave(self.parts[address], CLOCK, grace_s)
@@ -114,6 +120,51 @@ async def test_a_sibling_that_is_gone_is_passed_over(family):
     await put_chain(family.clients[leaver], 100, 3)
     await put_chain(family.clients[leaver], 200, 3)
     assert await family.leave(leaver) == 6
+
+
+async def test_what_a_sibling_takes_too_long_for_is_held_until_it_has_settled_and_goes_to_the_next(family, monkeypatch):
+    monkeypatch.setattr(handover, "PUT_TIMEOUT_S", 0.2)
+    siblings = [await family.serve(), await family.serve()]
+    leaver = await family.serve(siblings)
+    stalled = store_of(name(100), siblings)
+    [heir] = set(siblings) - {stalled}
+    await put_chain(family.clients[leaver], 100, 3)
+    await family.clients[stalled].acquire([])
+    family.fabric.stall(family.agent_of(stalled))
+    assert await family.leave(leaver, 1.0) == 3
+    assert len(await family.clients[heir].get([name(number) for number in range(100, 103)])) == 3
+    assert family.parts[leaver].actor.view().counts.leased == 3
+    family.fabric.resume(family.agent_of(stalled))
+    async with asyncio.timeout(5.0):
+        while family.parts[leaver].actor.view().counts.leased:  # noqa: ASYNC110 the actor sets no event
+            await asyncio.sleep(0.005)
+
+
+async def test_a_sibling_that_opens_its_pool_for_it_may_take_longer_than_a_put(family, monkeypatch):
+    monkeypatch.setattr(pool_link, "CONTROL_TIMEOUT_S", 0.0)
+    leaver = await family.serve([await family.serve()])
+    await put_chain(family.clients[leaver], 100, 3)
+    assert await family.leave(leaver) == 3
+
+
+async def test_several_chains_are_on_their_way_at_once_but_no_more_than_memory_is_meant_for(family):
+    heir = await family.serve()
+    for num_blocks, num_at_once in ((8 * SEGMENT_BLOCKS, handover.PUTS_AT_ONCE), (SEGMENT_BLOCKS, 1)):
+        leaver = await family.serve([heir], num_blocks=num_blocks)
+        for key in (100, 200, 300, 400, 500, 600):
+            await put_chain(family.clients[leaver], key + num_blocks, 2)
+        await family.clients[heir].acquire([])
+        family.fabric.stall(family.agent_of(heir))
+        leaving = asyncio.create_task(family.leave(leaver))
+        connector = family.parts[leaver].actor.connector
+        async with asyncio.timeout(5.0):
+            while connector.stats().num_inflight < num_at_once:  # noqa: ASYNC110 it sets no event
+                await asyncio.sleep(0.005)
+        for _ in range(50):
+            await asyncio.sleep(0)
+            assert connector.stats().num_inflight <= num_at_once
+        family.fabric.resume(family.agent_of(heir))
+        assert await leaving == 12
 
 
 async def test_without_time_or_siblings_nothing_is_handed_over_and_the_store_leaves(family):

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
+from headrace.core.put_facts import PutFacts
 from headrace.errors import BlockLost
 from headrace.kvstore.actor import Edges, KvStoreActor
 from headrace.kvstore.config import DiskWrite, Eviction, KvStoreConfig
@@ -19,7 +20,6 @@ from headrace.kvstore.disk import DiskTier
 from headrace.kvstore.messages import AcquireGet, CommitPut, Match, Meet, Quarantine, ReleaseGet, ReservePut, Tick
 from headrace.kvstore.opening import NUM_KEPT_BLOCKS
 from headrace.kvstore.store import Claim
-from headrace.kvstore.stored_block import PutFacts
 from headrace.testing.connector import Fabric, FakeConnector
 
 LAYOUT = KvLayout(num_layers=1, block_tokens=16, num_kv_heads=1, head_dim=32, dtype="fp32")

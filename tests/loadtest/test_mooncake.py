@@ -62,3 +62,12 @@ def test_the_reader_refuses_another_format(mooncake, tmp_path, line):
     (tmp_path / "trace.jsonl").write_text(line)
     with pytest.raises(ValueError, match="Mooncake"):
         mooncake.read(tmp_path / "trace.jsonl")
+
+
+def test_a_conversation_is_kept_with_all_its_turns_or_left_out(mooncake, requests):
+    kept = mooncake.conversations(requests, 0.3, 1)
+    assert 0.2 < len(kept) / len(requests) < 0.4
+    kept_set = set(kept)
+    names = {request.hash_ids[1] for request in kept if len(request.hash_ids) > 1}
+    left = {request.hash_ids[1] for request in requests if len(request.hash_ids) > 1 and request not in kept_set}
+    assert not names & left

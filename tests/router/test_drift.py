@@ -32,6 +32,25 @@ def test_nothing_cached_and_nothing_promised_is_no_drift():
     assert drift_of(*[(0, 0)] * 100).share == 0.0
 
 
+def test_what_was_declined_is_neither_promised_nor_missing():
+    drift = drift_of()
+    drift.note(4096, 1024, 3072)
+    assert (drift.share, drift.is_alarming) == (0.0, False)
+    assert (drift.predicted_tokens, drift.actual_tokens) == (1024, 1024)
+
+
+def test_what_is_missing_beside_what_was_declined_is_drift():
+    drift = drift_of()
+    drift.note(4096, 0, 2048)
+    assert (drift.share, drift.is_alarming) == (1.0, True)
+
+
+def test_declining_what_nobody_promised_hides_no_unforeseen_hit():
+    drift = drift_of()
+    drift.note(1024, 4096, 2048)
+    assert drift.share == 0.75
+
+
 def test_old_mistakes_are_forgotten():
     drift = drift_of((4096, 0), *[(4096, 4096)] * 300)
     assert drift.share < 0.01

@@ -1,6 +1,6 @@
 """The router's copy of the index says who holds a prefix, and where it can be fetched."""
 
-from headrace.core.placement import Tier
+from headrace.core.placement import FOREIGN_PREFIX, Tier
 from headrace.core.segments import SEGMENT_BLOCKS, segments, store_of
 from headrace.index.events import Change, ChangeKind, Event
 from headrace.index.prefix_index import PrefixIndex
@@ -35,6 +35,15 @@ def test_workers_and_stores_are_told_apart():
 def test_who_does_not_answer_now_is_no_source():
     prefixes = holding(("p0", Tier.DEVICE, HASHES[:3]), ("kv", Tier.DRAM, HASHES[:5]))
     assert prefixes.look_up(HASHES, {"p1": "host:2"}, {}).sources == ()
+
+
+def test_what_a_foreign_engine_holds_is_no_hit_and_no_source_whoever_has_its_name():
+    name = f"{FOREIGN_PREFIX}pod"
+    prefixes = holding((name, Tier.DEVICE, HASHES[:5]), ("p0", Tier.DEVICE, HASHES[:2]))
+    for workers, stores in ((WORKERS, {}), ({**WORKERS, name: "host:5"}, {}), (WORKERS, {name: "host:5"})):
+        cached = prefixes.look_up(HASHES, workers, stores)
+        assert (cached.by_worker, cached.num_stored, cached.num_reachable) == ({"p0": 2}, 0, 2)
+        assert spans(cached) == [("p0", "host:1", Tier.DEVICE, 0, 2)]
 
 
 def test_a_source_is_as_slow_as_its_slowest_block():

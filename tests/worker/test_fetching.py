@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import math
 
 import pytest
 
@@ -227,6 +228,7 @@ async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed
     desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.05))
     monkeypatch.setattr(fetch_plan, "GROUP_BYTES", desk.owner.runner.blocks.shape[1])
     monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 0.1)
+    monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
     staller = Staller(desk, 3)
     with pytest.raises(BlockLost):
         await desk.fetch(desk.hint())

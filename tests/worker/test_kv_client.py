@@ -15,6 +15,7 @@ from headrace.clock import Clock, VirtualClock, WallClock
 from headrace.core.block import BlockHash, KvLayout
 from headrace.core.digest import block_digest
 from headrace.core.placement import DECODED, Provenance
+from headrace.core.put_facts import PutFacts
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.wire import layout_to_proto
 from headrace.errors import BlockLost
@@ -31,7 +32,7 @@ from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.digests import BlockDigests
-from headrace.worker.kv_client import KvClient, Put, PutFacts, PutTerms
+from headrace.worker.kv_client import KvClient, Put, PutTerms
 from headrace.worker.peers import Peers
 from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
@@ -276,6 +277,18 @@ async def test_a_put_says_whether_the_store_failed_or_has_all_blocks(setup):
     await setup.stop()
     assert await worker.client.put(put, terms) is None
     await setup.serve()
+
+
+async def test_nothing_is_written_after_a_lease_that_the_store_has_cut(setup):
+    await setup.serve(await setup.stop(), max_lease_s=0.1)
+    worker = setup.worker()
+
+    async def dawdle(_: int) -> None:
+        await asyncio.sleep(0.15)
+
+    put = Put(hashes=names(1, 2), local_ids=(0, 1))
+    assert await worker.client.put(put, PutTerms(deadline_s=soon(), before_write=dawdle)) is None
+    assert worker.connector.stats().written_bytes == 0
 
 
 async def test_data_read_after_the_lease_had_ended_is_not_believed(setup):

@@ -124,6 +124,26 @@ async def test_puts_keep_to_their_rate_while_the_engine_works_and_only_then(open
     assert time.monotonic() - begun_s > 0.2
 
 
+async def test_blocks_of_a_put_that_ran_out_of_time_stay_in_place_until_the_transport_is_done_with_them(open_desk):
+    desk = await open_desk()
+    fleet, [address] = desk.fleet, desk.fleet.kvstores
+    hashes = (await desk.compute())[:SEGMENT_BLOCKS]
+    exchange = desk.exchange(desk.writer, deadline_s=0.2)
+    [store] = exchange.storer._pools.stores
+    await store.link.meet()
+    agent = fleet.stores[address].actor.connector.pool.agent_name
+    fleet.fabric.stall(agent)
+    exchange.store_later(fleet.spec(PROMPT), hashes)
+    running = asyncio.create_task(exchange.run_stores())
+    await fleet.until(lambda: store.link.num_failures, "the put did not run out of time")
+    for _ in range(2):  # The engine ends by the clock what it ends between one command and the next.
+        held = await desk.writer.engine.holders()
+    assert [holder.num_blocks for holder in held] == [SEGMENT_BLOCKS]
+    fleet.fabric.resume(agent)
+    await fleet.at_rest("h0")
+    running.cancel()
+
+
 def test_a_put_never_mixes_segments_or_provenances():
     hashes = tuple(BlockHash(number.to_bytes(16, "little")) for number in range(2 * SEGMENT_BLOCKS + 2))
     size, num_exact = SEGMENT_BLOCKS, SEGMENT_BLOCKS + 6

@@ -14,8 +14,11 @@ from headrace.cli import embedded_redis
 from headrace.cli.ports import Ports
 from headrace.cli.private_file import kept_secret, write_private
 from headrace.errors import ConfigError
-from headrace.settings import Between, parse_assignments
-from headrace.worker.config import Dtype
+from headrace.index.connection import RedisConfig
+from headrace.kvstore.config import KvStoreConfig
+from headrace.router.config import RouterConfig
+from headrace.settings import Between, load, parse_assignments
+from headrace.worker.config import Dtype, WorkerConfig
 
 HOST = "127.0.0.1"
 FirstPort: TypeAlias = Annotated[int, Between(1, 65535)]
@@ -140,6 +143,35 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         redis_port=config.redis_port,
         overrides=_overrides(assignments, names),
     )
+
+
+def check(layout: Layout, env: Mapping[str, str]) -> None:
+    """Refuse settings that a service would refuse after its start, in the words that they were given in.
+
+    Args:
+        layout: Of `plan`.
+        env: The environment, which services get too.
+
+    Raises:
+        ConfigError: one is unknown or has a bad value.
+    """
+    if layout.redis_url is not None:
+        try:
+            RedisConfig(url=layout.redis_url)
+        except ConfigError as error:
+            text = error.message.replace("redis.url", "HEADRACE_RUN_REDIS_URL", 1)
+            raise ConfigError(text, field="run.redis_url") from None
+    needed: dict[str, tuple[type, str, dict[str, str]]] = {"router": (RouterConfig, "router", {"model": layout.model})}
+    needed |= {name: (KvStoreConfig, "kvstore", {"name": name}) for name in _store_names(layout.kvstores)}
+    for name, role in zip(_names(layout.roles), layout.roles, strict=True):
+        needed[name] = WorkerConfig, "worker", {"name": name, "role": role, "model": layout.model}
+    for name, (config, section, known) in needed.items():
+        if f"HEADRACE_{section.upper()}_REDIS__URL" not in env:
+            # All services get one, if only the cluster's own.
+            known["redis.url"] = layout.redis_url or f"redis://{HOST}:{layout.redis_port}"
+        given = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
+        flag = f"--set {name if name in layout.overrides else section}."
+        load(config, file=None, section=section, env=env, overrides=known | given, flag=flag)
 
 
 def bundled_model() -> Path:

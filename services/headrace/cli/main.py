@@ -81,6 +81,7 @@ def up(  # noqa: PLR0913 - one parameter is one option of the command
         overrides={name: str(value) for name, value in given.items() if value is not None},
     ).value
     planned = layout.plan(config, assignments or ())
+    layout.check(planned, settings.environment())
     if foreground:
         raise typer.Exit(local.foreground(planned))
     cluster, ran_before = local.up(planned, config.ready_timeout_s)

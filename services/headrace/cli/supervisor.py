@@ -23,7 +23,7 @@ from headrace.cli.layout import Layout, Service, arrange
 from headrace.cli.ports import Ports, default_folder
 from headrace.cli.state import ClusterState, ProcessState
 from headrace.clock import Clock, WallClock
-from headrace.errors import HeadraceError
+from headrace.errors import ConfigError, HeadraceError
 from headrace.settings import environment
 
 LAYOUT_FILE = "layout.json"
@@ -229,7 +229,7 @@ def run(run_dir: Path) -> int:
         asyncio.run(supervise(layout, ports))
     except HeadraceError as error:
         log.error("cannot run the cluster", extra={"reason": str(error)})
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     finally:
         ports.close()
     return 0

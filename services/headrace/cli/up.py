@@ -41,6 +41,7 @@ def up(layout: Layout, timeout_s: float) -> tuple[ClusterState, bool]:
         The cluster, and whether it ran before.
 
     Raises:
+        ConfigError: a service refuses its configuration; everything is stopped again.
         NotReady: it did not answer in time or a service keeps dying; everything is stopped again.
     """
     run_dir = prepare(layout)
@@ -100,7 +101,8 @@ def wait_ready(run_dir: Path, pid: int, timeout_s: float) -> ClusterState:
     """Wait until the router of the cluster under supervisor `pid` answers /ready with 200.
 
     Raises:
-        NotReady: it does not; the message ends with the last lines of the culprit's log.
+        ConfigError: a service refuses its configuration; the message ends with the last lines of its log.
+        NotReady: it does not; the message ends so too.
     """
     deadline_s = time.monotonic() + timeout_s
     reason = "nothing was started"
@@ -112,7 +114,8 @@ def wait_ready(run_dir: Path, pid: int, timeout_s: float) -> ClusterState:
         if cluster is not None and cluster.supervisor == pid:
             culprit = _culprit(cluster)
             if culprit is not None:
-                raise NotReady(_accusation(culprit))
+                is_refused = culprit.last_exit == CONFIG_EXIT
+                raise (ConfigError if is_refused else NotReady)(_accusation(culprit))
             status, reason = ask_ready(cluster.http, min(ANSWER_S, deadline_s - time.monotonic()))
             if status == http.HTTPStatus.OK:
                 return state.read(run_dir) or cluster

@@ -94,7 +94,7 @@ def build_machine(config: WorkerConfig) -> Machine:
         ConfigError: the model cannot be served or the memory holds no block.
     """
     cores = Cores(
-        config.threads,
+        config.threads or torch.get_num_threads(),
         config.shared_cores,
         comes_first=config.role is WorkerRole.PREFILL,
         give_way=config.give_way if config.role is WorkerRole.DECODE else 0.0,
@@ -326,6 +326,7 @@ def exchange_config(config: WorkerConfig, cost: CostModel | None) -> ExchangeCon
         deadline_s=config.transfer_deadline_s,
         cost=cost,
         chunk_tokens=config.token_budget,
+        early_start=config.early_start,
         stores_blocks=config.store_blocks,
         store_bytes_per_s=config.store_bytes_per_s,
     )

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NewType
+from typing import NamedTuple, NewType
 
 import blake3
 
@@ -20,6 +20,13 @@ _ROOT_TAG = b"headrace-root-2\0"
 _LENGTH_BYTES = 4
 _TOKEN_BYTES = 4
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+class Span(NamedTuple):
+    """Bytes [start, end) of every block of a transfer: some of its layers."""
+
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,11 @@ class KvLayout:
         """Bytes of one block."""
         elements = self.num_layers * 2 * self.block_tokens * self.num_kv_heads * self.head_dim
         return elements * _ELEMENT_BYTES[self.dtype]
+
+    def span(self, layers: range) -> Span:
+        """Return where neighbouring layers lie in a block."""
+        layer_bytes = self.block_bytes // self.num_layers
+        return Span(layers.start * layer_bytes, layers.stop * layer_bytes)
 
 
 def root_hash(model_fingerprint: str, cache_key: bytes = b"") -> BlockHash:

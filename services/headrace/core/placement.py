@@ -52,3 +52,11 @@ class Origin:
 EXACT = Origin()
 
 DECODED = Origin(provenance=Provenance.DECODED)
+
+FOREIGN_PREFIX = "foreign/"
+"""Begins the location of an engine that is none of ours: what it holds can be known and not be read."""
+
+
+def is_foreign(location: str) -> bool:
+    """Return whether nobody of the cluster can read from a location."""
+    return location.startswith(FOREIGN_PREFIX)

@@ -6,9 +6,10 @@ answer and an unknown error is an InternalError that names the code.
 
 import math
 
-from headrace.core.block import KvLayout
+from headrace.core.block import HASH_BYTES, BlockHash, KvLayout
 from headrace.core.holder import Holder
-from headrace.core.placement import Tier
+from headrace.core.placement import Origin, Provenance, Tier
+from headrace.core.put_facts import PutFacts
 from headrace.core.request import (
     CachedPrefix,
     FinishReason,
@@ -19,8 +20,8 @@ from headrace.core.request import (
     Token,
     Usage,
 )
-from headrace.errors import HeadraceError, InternalError, PeerMismatch, by_code
-from headrace.v1 import block_pb2, errors_pb2, generate_pb2, pool_pb2, router_pb2
+from headrace.errors import HeadraceError, InternalError, InvalidRequest, PeerMismatch, by_code
+from headrace.v1 import block_pb2, errors_pb2, generate_pb2, kvstore_pb2, pool_pb2, router_pb2
 
 SHOWN_LEASE_CHARS = 8
 """Of the 32 that a lease's id has: 96 bits are left to guess."""
@@ -297,4 +298,36 @@ def _source_from_proto(message: generate_pb2.CachedPrefix) -> CachedPrefix | Non
         tier=tier,
         start=message.start_block,
         end=message.end_block,
+    )
+
+
+def write_facts(request: kvstore_pb2.ReservePutRequest, facts: PutFacts) -> None:
+    """Write what is said of the blocks of a put."""
+    request.tenant = facts.tenant
+    request.num_blocks_before = facts.num_blocks_before
+    request.provenance = block_pb2.Provenance.ValueType(facts.origin.provenance)
+    request.policy_id = facts.origin.policy_id
+    request.segment_key = facts.segment_key or b""
+    request.parent_hash = facts.parent or b""
+
+
+def read_facts(request: kvstore_pb2.ReservePutRequest) -> PutFacts:
+    """Read what is said of the blocks of a put.
+
+    Raises:
+        InvalidRequest: the provenance is not known, or a hash has another size.
+    """
+    try:
+        provenance = Provenance(request.provenance or Provenance.EXACT)
+    except ValueError:
+        raise InvalidRequest(f"provenance {request.provenance} is not known", field="provenance") from None
+    for field, name in (("segment_key", request.segment_key), ("parent_hash", request.parent_hash)):
+        if len(name) not in (0, HASH_BYTES):
+            raise InvalidRequest(f"{field} is a block hash of {HASH_BYTES} bytes", field=field)
+    return PutFacts(
+        tenant=request.tenant,
+        num_blocks_before=request.num_blocks_before,
+        origin=Origin(provenance=provenance, policy_id=request.policy_id),
+        segment_key=BlockHash(request.segment_key) if request.segment_key else None,
+        parent=BlockHash(request.parent_hash) if request.parent_hash else None,
     )

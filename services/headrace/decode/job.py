@@ -34,10 +34,15 @@ class Granted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Tokens in order, and how many prompt tokens were reused from any cache."""
+    """Tokens in order, and how many prompt tokens were reused from any cache or could have been.
+
+    Attributes:
+        declined_tokens: Prompt tokens that somebody held and that were computed, for that was faster.
+    """
 
     tokens: tuple[Token, ...]
     cached_tokens: int
+    declined_tokens: int
 
 
 class DecodeJob:
@@ -69,7 +74,8 @@ class DecodeJob:
                 yield Granted(reservation=reservation, cached_tokens=local)
                 first = await self._parts.reservations.wait(reservation)
             sequence.begin(len(self._spec.tokens), first)
-            cached = max(local, reservation.cached_tokens)
+            sequence.declined_tokens = reservation.reused.declined_tokens
+            cached = max(local, reservation.reused.cached_tokens)
             async with aclosing(self._generate(sequence, cached)) as generated:
                 async for tokens in generated:
                     yield tokens
@@ -89,7 +95,7 @@ class DecodeJob:
             tokens = tuple(event.token for event in events if isinstance(event, Sampled))
             answer.extend(token.token_id for token in tokens)
             if tokens:
-                yield Tokens(tokens=tokens, cached_tokens=cached_tokens)
+                yield Tokens(tokens=tokens, cached_tokens=cached_tokens, declined_tokens=sequence.declined_tokens)
                 if tokens[-1].finish is not None:
                     known = (*self._spec.tokens, *answer)
                     hashes = self._parts.blocks.hashes(known, self._spec.cache_key)

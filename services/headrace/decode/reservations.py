@@ -26,6 +26,14 @@ deadline, a skewed clock or a pause of its process.
 """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reused:
+    """Prompt tokens that a prefill worker did not compute, and those that it need not have but did for speed."""
+
+    cached_tokens: int = 0
+    declined_tokens: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class Reservation:
     """Blocks that prefill workers may write into while the sequence waits for its KV.
@@ -35,7 +43,7 @@ class Reservation:
         block_ids: The blocks.
         deadline_unix_ms: When the promise ends by itself.
         first: The first token, once the KV has landed.
-        cached_tokens: Prompt tokens that the prefill worker did not compute.
+        reused: What the prefill worker found, once the KV has landed.
         writer: The attempt that has begun and not reported its end.
         ended_writers: Attempts that are over; a begin of theirs that comes late is refused.
     """
@@ -44,7 +52,7 @@ class Reservation:
     block_ids: tuple[BlockId, ...]
     deadline_unix_ms: int
     first: Token | None = None
-    cached_tokens: int = 0
+    reused: Reused = Reused()
     writer: str | None = None
     ended_writers: set[str] = field(default_factory=set)
     landed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -141,14 +149,14 @@ class Reservations:
         """Make sure that the end of a writer's process can be proven later; costs a call per lifetime."""
         await self._lifetimes.meet(origin.address, origin.epoch)
 
-    def commit(self, lease_id: str, writer_id: str, first: Token, cached_tokens: int) -> bool:
+    def commit(self, lease_id: str, writer_id: str, first: Token, reused: Reused) -> bool:
         """Take note that a writer delivered all KV; False when the sequence does not wait for it."""
         reservation = self._live.get(lease_id)
         is_expected = reservation is not None and reservation.writer == writer_id and reservation.first is None
         self.end_write(writer_id, lease_id)
         if reservation is None or not is_expected:
             return False
-        reservation.first, reservation.cached_tokens = first, cached_tokens
+        reservation.first, reservation.reused = first, reused
         reservation.landed.set()
         return True
 

@@ -7,7 +7,7 @@ import grpc.aio
 
 from headrace.core.wire import spec_from_proto, token_from_proto, token_to_proto
 from headrace.decode.job import DecodeJob, DecodeParts, Granted, Tokens
-from headrace.decode.reservations import Origin
+from headrace.decode.reservations import Origin, Reused
 from headrace.errors import InvalidRequest
 from headrace.v1 import block_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2
 
@@ -64,7 +64,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             case "first_token":
                 first = request.first_token
                 token = token_from_proto(first.event)
-                is_accepted = reservations.commit(request.lease_id, request.writer_id, token, first.cached_tokens)
+                reused = Reused(cached_tokens=first.cached_tokens, declined_tokens=first.declined_tokens)
+                is_accepted = reservations.commit(request.lease_id, request.writer_id, token, reused)
             case "failure":
                 reservations.end_write(request.writer_id, request.lease_id)
                 is_accepted = True
@@ -85,5 +86,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return decode_pb2.DecodeResponse(reservation=target)
         response = decode_pb2.DecodeResponse()
         response.tokens.cached_tokens = event.cached_tokens
+        response.tokens.declined_tokens = event.declined_tokens
         response.tokens.events.extend(map(token_to_proto, event.tokens))
         return response

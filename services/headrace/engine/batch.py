@@ -1,6 +1,6 @@
 """What one step computes, with its tokens and blocks: the engine builds it, a runner computes it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,9 +39,15 @@ class BatchItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """All items of one step; logits come back in the order of the items that sample."""
+    """All items of one step; logits come back in the order of the items that sample.
+
+    Attributes:
+        await_layer: Called with the number of each layer in front of it, where KV before an item still lands. What it
+            raises ends the step.
+    """
 
     items: tuple[BatchItem, ...]
+    await_layer: Callable[[int], None] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-
 from headrace.errors import ConfigError
 
 MOST_SEATS = 256
@@ -45,12 +43,12 @@ class Cores:
     """
 
     def __init__(
-        self, threads: int = 0, shared: Path | None = None, *, comes_first: bool = False, give_way: float = 0.0
+        self, threads: int, shared: Path | None = None, *, comes_first: bool = False, give_way: float = 0.0
     ) -> None:
         """Take a seat among the workers of this machine.
 
         Args:
-            threads: Most threads; 0 takes what torch would.
+            threads: Most threads, 1 or more.
             shared: File that all workers of this machine name; None shares with nobody.
             comes_first: Whether others may give way to this worker.
             give_way: How long this one rests after a step for each user who waits for workers that come first, in
@@ -59,7 +57,7 @@ class Cores:
         Raises:
             ConfigError: The file cannot be opened, or has no seat left.
         """
-        self._most = threads or torch.get_num_threads()
+        self._most = threads
         self._comes_first = comes_first
         self._give_way = give_way
         self._num_users = 0

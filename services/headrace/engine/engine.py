@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import assert_never
 
+import torch
+
 from headrace.clock import Clock
 from headrace.core.block import blocks_for, root_hash
 from headrace.core.cost import CostModel
@@ -14,6 +16,7 @@ from headrace.core.plan import SchedulerView, SequenceView, StepPlan, WorkItem
 from headrace.core.request import FinishReason, SequenceId, Token
 from headrace.engine.batch import Batch, BatchItem, Runner
 from headrace.engine.cache import BlockCache
+from headrace.engine.landing import Landing, NotLanded
 from headrace.engine.messages import (
     Admitted,
     Begin,
@@ -32,6 +35,7 @@ from headrace.engine.messages import (
     Quarantine,
     ReleaseWriter,
     Sampled,
+    StartEarly,
     Unpin,
 )
 from headrace.engine.sampler import Chosen, SamplingRow, sample
@@ -139,6 +143,8 @@ class Engine:
                 self._open(command)
             case Begin():
                 self._begin(command)
+            case StartEarly():
+                self._start_early(command)
             case Keep():
                 self._keep(command)
             case Close(sequence_id=sequence_id):
@@ -255,15 +261,20 @@ class Engine:
         if command.first is not None and not 0 <= command.first.token_id < self._runner.vocab_size:
             self._fail(sequence, InternalError("begin's first token is not in the vocabulary"))
             return
-        sequence.has_begun = True
-        sequence.state = State.RUNNING
         # The local cache may hold more than the caller counts; its blocks are shared and not written again.
-        sequence.place(max(present, sequence.kv_length))
+        sequence.start(max(present, sequence.kv_length))
         self._cache.name_full_blocks(sequence)
         if command.first is not None:
             first = command.first
             chosen = Chosen(token_id=first.token_id, logprob=first.logprob, top_logprobs=first.top_logprobs)
             self._append(sequence, chosen)
+
+    def _start_early(self, command: StartEarly) -> None:
+        sequence, num_present = self._sequences.get(command.sequence_id), command.landing.num_present
+        if sequence is not None and sequence.state is State.HELD:
+            if not sequence.kv_length <= num_present < len(sequence.tokens):
+                raise ValueError(f"{num_present} of {len(sequence.tokens)} tokens land, {sequence.kv_length} are here")
+            sequence.landing = command.landing
 
     def _keep(self, command: Keep) -> None:
         sequence = self._sequences.get(command.sequence_id)
@@ -358,17 +369,17 @@ class Engine:
         )
 
     def _placed_view(self, sequence: Sequence, *, is_tight: bool) -> SequenceView:
-        is_running = sequence.state is State.RUNNING
-        can_evict = is_running and sequence.goal is Goal.ANSWER
+        is_running = sequence.state is State.RUNNING or sequence.landing is not None
+        can_evict = sequence.state is State.RUNNING and sequence.goal is Goal.ANSWER
         return SequenceView(
             sequence_id=sequence.spec.sequence_id,
             arrival=sequence.arrival,
             num_tokens=len(sequence.tokens),
-            num_computed=sequence.kv_length,
+            num_computed=sequence.num_present,
             num_blocks=len(sequence.blocks),
             num_exclusive_blocks=self._cache.num_exclusive(sequence) if can_evict and is_tight else 0,
             is_running=is_running,
-            is_held=sequence.state is State.HELD,
+            is_held=not is_running and sequence.state is State.HELD,
             is_decoding=sequence.is_decoding,
             can_evict=can_evict,
             block_hashes=sequence.hashes,
@@ -411,10 +422,16 @@ class Engine:
         """Compute the plan's items and commit them; whatever goes wrong fails these sequences and no others."""
         if not plan.items:
             return
+        early = [each for item in plan.items if (each := self._sequences[item.sequence_id]).landing is not None]
         try:
-            logits = self._runner.run(Batch(items=tuple(self._batch_item(item) for item in plan.items)))
+            logits = self._compute(plan, [each.landing for each in early if each.landing is not None])
             sampling = [self._sequences[item.sequence_id] for item in plan.items if item.sample]
             chosen = sample(logits, self._rows(sampling))
+        except NotLanded:
+            # Nothing of the step counts; the others compute it again, these wait for their Begin.
+            for sequence in early:
+                sequence.landing = None
+            return
         except Exception:
             logger.exception("step failed", extra={"num_items": len(plan.items), "num_tokens": plan.num_tokens})
             for item in plan.items:
@@ -425,10 +442,23 @@ class Engine:
         for sequence, token in zip(sampling, chosen, strict=True):
             self._append(sequence, token)
 
+    def _compute(self, plan: StepPlan, landings: list[Landing]) -> torch.Tensor:
+        """Return the logits of a step whose KV all landed, and was what it should be."""
+
+        def await_layer(layer: int) -> None:
+            for landing in landings:
+                landing.wait_layer(layer)
+
+        items = tuple(self._batch_item(item) for item in plan.items)
+        logits = self._runner.run(Batch(items=items, await_layer=await_layer if landings else None))
+        for landing in landings:
+            landing.wait_end()
+        return logits
+
     def _batch_item(self, item: WorkItem) -> BatchItem:
         sequence = self._sequences[item.sequence_id]
         start, end = item.tokens
-        position = sequence.next_position
+        position = sequence.next_position + start - sequence.kv_length
         return BatchItem(
             token_ids=tuple(sequence.tokens[start:end]),
             positions=tuple(range(position, position + end - start)),
@@ -441,6 +471,8 @@ class Engine:
         """Take note of the KV that the items have written."""
         for item in plan.items:
             sequence = self._sequences[item.sequence_id]
+            if sequence.landing is not None:
+                sequence.start(sequence.num_present)
             was_prompt = not sequence.is_decoding
             sequence.kv_length += item.num_tokens
             sequence.next_position += item.num_tokens

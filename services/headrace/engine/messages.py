@@ -9,6 +9,7 @@ from headrace.core.block import BlockHash, BlockId
 from headrace.core.chained_block import ChainedBlock
 from headrace.core.holder import Holder
 from headrace.core.request import SequenceId, SequenceSpec, Token
+from headrace.engine.landing import Landing
 from headrace.errors import HeadraceError
 
 
@@ -105,6 +106,18 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartEarly:
+    """Compute the first chunk of an admitted sequence while the KV before it still lands, layer after layer.
+
+    A try: nothing of the step counts unless `landing` ends well in time. Begin follows in any case, and starts the
+    sequence if this did not.
+    """
+
+    sequence_id: SequenceId
+    landing: Landing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
     """KV has landed in the blocks of an admitted sequence that cannot go on: others may find it after its Close.
 
@@ -192,7 +205,7 @@ class ListHolders:
 
 
 EngineCommand: TypeAlias = (
-    Open | Begin | Keep | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
+    Open | Begin | StartEarly | Keep | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
 )
 
 

@@ -1,5 +1,6 @@
 """Batch -> tensors -> logits; no policy."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from itertools import accumulate, chain
 
@@ -81,7 +82,10 @@ class ModelRunner:
             return torch.empty((0, self.vocab_size), device=self._model.device)
         for item in batch.items:
             self._check(item)
-        return self._model.decoder(self._laid_out(batch.items), self._arena.data, self._threads)
+        inputs = self._laid_out(batch.items)
+        if batch.await_layer is not None:
+            inputs = dataclasses.replace(inputs, await_layer=batch.await_layer)
+        return self._model.decoder(inputs, self._arena.data, self._threads)
 
     def _laid_out(self, items: tuple[BatchItem, ...]) -> StepInputs:
         if self._pack is None:

@@ -5,6 +5,7 @@ from enum import Enum
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.request import FinishReason, SequenceSpec
+from headrace.engine.landing import Landing
 from headrace.engine.messages import EventSink, Goal
 
 
@@ -36,6 +37,7 @@ class Sequence:
         has_begun: Whether Begin was given; a preempted sequence does not wait for another.
         num_named: Leading blocks that carry their name in the ledger.
         has_failed: Whether Failed was sent; only its blocks are left, until Close.
+        landing: What a held sequence is started early with.
     """
 
     spec: SequenceSpec
@@ -54,6 +56,7 @@ class Sequence:
     has_begun: bool = False
     num_named: int = 0
     has_failed: bool = False
+    landing: Landing | None = None
 
     @property
     def lease_id(self) -> str:
@@ -66,6 +69,11 @@ class Sequence:
         return len(self.tokens) - len(self.spec.prompt)
 
     @property
+    def num_present(self) -> int:
+        """Leading tokens whose KV is in the blocks, or lands while a step computes."""
+        return self.kv_length if self.landing is None else self.landing.num_present
+
+    @property
     def is_decoding(self) -> bool:
         """Whether all but the last token are in the cache and the last was generated."""
         return self.kv_length == len(self.tokens) - 1 and len(self.tokens) > len(self.spec.tokens)
@@ -74,6 +82,13 @@ class Sequence:
         """Say that the KV of the first `num_present` tokens is in the blocks."""
         self.kv_length = num_present
         self.next_position = num_present
+
+    def start(self, num_present: int) -> None:
+        """Take part in steps from now on."""
+        self.has_begun = True
+        self.state = State.RUNNING
+        self.landing = None
+        self.place(num_present)
 
     def lose_blocks(self) -> None:
         """Forget the blocks; all tokens are computed again."""

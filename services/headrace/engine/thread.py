@@ -4,6 +4,8 @@ import logging
 import threading
 from collections import deque
 
+import torch
+
 from headrace.clock import Clock
 from headrace.engine.cores import Cores
 from headrace.engine.engine import Engine
@@ -18,6 +20,7 @@ from headrace.engine.messages import (
     Open,
     Pin,
     Quarantine,
+    StartEarly,
 )
 from headrace.errors import Draining, HeadraceError, InternalError, Saturated
 
@@ -41,7 +44,7 @@ class EngineThread:
     def __init__(self, engine: Engine, clock: Clock, cores: Cores | None = None) -> None:
         self._engine = engine
         self._clock = clock
-        self._cores = cores or Cores()
+        self._cores = cores or Cores(torch.get_num_threads())
         self._commands: deque[EngineCommand] = deque()
         self._wake = threading.Condition()
         self._is_stopping = False
@@ -72,7 +75,7 @@ class EngineThread:
             Draining: the engine has been told to stop, or has stopped on a bug.
         """
         with self._wake:
-            if isinstance(command, Open | Begin | Keep | Pin | HoldWriter | Quarantine | ListHolders):
+            if isinstance(command, Open | Begin | StartEarly | Keep | Pin | HoldWriter | Quarantine | ListHolders):
                 self._require_room()
             self._commands.append(command)
             self._wake.notify()

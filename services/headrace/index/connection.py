@@ -162,7 +162,7 @@ def _address(parts: SplitResult) -> _Address:
         key, _, db = (parts.query or "db=0").partition("=")
         if key != "db" or not parts.path or hosts:
             raise ValueError("a socket is a path and a db")
-        return _Address(socket=unquote(parts.path), db=int(db), **who)
+        return _Address(socket=unquote(parts.path), db=_db([db]), **who)
     path = [unquote(part) for part in parts.path.split("/")[1:] if part]
     is_tls = parts.scheme.startswith("rediss")
     if parts.scheme in _SENTINEL_SCHEMES:
@@ -189,4 +189,7 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
 def _db(path: list[str]) -> int:
     if len(path) > 1:
         raise ValueError("only a db may follow")
-    return int(path[0]) if path else 0
+    number = int(path[0]) if path else 0
+    if number < 0:
+        raise ValueError("databases are counted from 0")
+    return number

@@ -7,6 +7,7 @@ What is kept, all under one hash tag so that a Redis Cluster holds it on one nod
     {prefix}:lives              hash: location -> registered lifetime, next sequence, what its snapshot covers
     {prefix}:heard              sorted set: location by the time when it last wrote
     {prefix}:snapshot:LOCATION  list: parts of its snapshot; protobuf messages that joined are one message
+    {prefix}:quarantined        sorted set: the last `MOST_QUARANTINED` hashes by the time when each was quarantined
     {prefix}:meta               hash: incarnation, last id, id up to which the stream may be trimmed
 
 Every write is one script, so it happens whole or not at all, and a write of another lifetime or out of order is
@@ -24,11 +25,14 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError
 
+from headrace.core.block import HASH_BYTES, BlockHash
 from headrace.errors import InvalidRequest
 from headrace.index.events import Event, Snapshot, event_to_bytes, snapshot_from_bytes
 
 STAGED_MS = 60_000
 """How long the parts of an unfinished snapshot stay."""
+MOST_QUARANTINED = 65_536
+"""Hashes of quarantined blocks that are kept for readers which miss the entries that told of them."""
 READ_ENTRIES = 64
 """Entries read at a time; publishers keep one to some 128 KiB."""
 
@@ -158,9 +162,23 @@ class IndexLog:
         event = event_to_bytes(Event(location=life.location, epoch=life.epoch, sequence=sequence))
         return await self._write(_BEGIN, life, sequence, len(snapshot), event)
 
-    async def append(self, life: Lifetime, sequence: int, event: bytes) -> Written:
-        """Append an event; the one appended last may be repeated."""
-        return await self._write(_APPEND, life, sequence, event)
+    async def append(
+        self, life: Lifetime, sequence: int, event: bytes, quarantined: Sequence[BlockHash] = ()
+    ) -> Written:
+        """Append an event; the one appended last may be repeated.
+
+        Args:
+            life: Who.
+            sequence: Number of the event.
+            event: Its bytes.
+            quarantined: Blocks that the event says are not to be trusted: they are kept beside the stream too.
+        """
+        return await self._write(_APPEND, life, sequence, event, b"".join(quarantined), HASH_BYTES, MOST_QUARANTINED)
+
+    async def quarantined(self) -> tuple[BlockHash, ...]:
+        """Return the blocks that were quarantined last, for whoever may have missed an entry."""
+        hashes: Any = await self._redis.zrange(self._key("quarantined"), 0, -1)
+        return tuple(BlockHash(block_hash) for block_hash in hashes if len(block_hash) == HASH_BYTES)
 
     async def snapshot(self, life: Lifetime, next_sequence: int, snapshot: Sequence[bytes]) -> Written:
         """Replace the location's snapshot and trim what no snapshot lacks any more.
@@ -411,6 +429,11 @@ end
 if sequence ~= life.next then return RESYNC end
 if not life.before then life.before = last() end
 add(location, 'event', ARGV[7])
+local hashes, size, most = ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+for start = 1, #hashes, size do
+  redis.call('ZADD', root .. ':quarantined', now, hashes:sub(start, start + size - 1))
+end
+if #hashes > 0 then redis.call('ZREMRANGEBYRANK', root .. ':quarantined', 0, -most - 1) end
 life.next = sequence + 1
 save()
 return DONE

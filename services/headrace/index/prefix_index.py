@@ -19,23 +19,6 @@ _EVERYONE = -1
 """The set of all slots."""
 
 
-@dataclass(slots=True, kw_only=True)
-class IndexTotals:
-    """Counts since the index began.
-
-    Attributes:
-        num_events: All that were offered.
-        num_gaps: Those that were not applied because others before them are missing.
-        num_fenced: Those of ended lifetimes.
-        num_evicted: Blocks that were dropped, or not taken in, for want of room.
-    """
-
-    num_events: int = 0
-    num_gaps: int = 0
-    num_fenced: int = 0
-    num_evicted: int = 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocationState:
     """What the index knows of a location.
@@ -96,13 +79,11 @@ class PrefixIndex:
         self._pages = Pages(budget_bytes, self._sets)
         self._locations: dict[str, _Location] = {}
         self._by_place: dict[int, _Location] = {}
-        self._totals = IndexTotals()
 
     @property
-    def totals(self) -> IndexTotals:
-        """Counts since the index began."""
-        self._totals.num_evicted = self._pages.num_evicted
-        return self._totals
+    def num_evicted(self) -> int:
+        """Blocks that were dropped, or not taken in, for want of room."""
+        return self._pages.num_evicted
 
     @property
     def num_blocks(self) -> int:
@@ -133,17 +114,12 @@ class PrefixIndex:
             Saturated: it is of one location too many; nothing is applied.
         """
         applied = self._admit(event)
-        self._totals.num_events += 1
         if applied is Applied.DONE:
             location = self._locations[event.location]
             location.next_sequence = event.sequence + 1
             for change in event.changes:
                 self._change(location, change)
             self._pages.sweep()
-        elif applied is Applied.GAP:
-            self._totals.num_gaps += 1
-        elif applied is Applied.FENCED:
-            self._totals.num_fenced += 1
         return applied
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -104,6 +104,7 @@ class IndexPublisher:
         self._held = _Holdings()
         self._pending: dict[tuple[Tier, BlockHash], Origin | None] = {}
         self._quarantined: dict[BlockHash, None] = {}
+        self._told: dict[BlockHash, None] = {}
         self._sending: _Sending | None = None
         self._next = 0
         self._must_resync = False
@@ -200,8 +201,7 @@ class IndexPublisher:
             for block_hash in hashes:
                 self._pending.pop((tier, block_hash), None)
         self._quarantined.update(dict.fromkeys(hashes))
-        while len(self._quarantined) > MAX_QUARANTINED:
-            del self._quarantined[next(iter(self._quarantined))]
+        _bound(self._quarantined)
 
     def _note_problem(self, problem: str) -> None:
         if self.is_connected or not self.problem:
@@ -227,8 +227,10 @@ class IndexPublisher:
         The event's number skips that of an event whose answer was lost and one more, and no number is tried twice:
         so no reader can expect it as its next, and every reader notices that it lacks something.
         """
-        if self._sending is not None:
-            self._quarantined = dict.fromkeys((*self._sending.quarantined, *self._quarantined))
+        # The log may have lost its memory before all have read what was told.
+        sending = () if self._sending is None else self._sending.quarantined
+        self._quarantined = dict.fromkeys((*self._told, *sending, *self._quarantined))
+        self._told.clear()
         self._sending = None
         self._pending.clear()
         sequence = self._next + 2
@@ -250,10 +252,12 @@ class IndexPublisher:
     async def _publish(self) -> Written:
         """Append the next event, or the last one again if its answer was lost."""
         self._sending = sending = self._sending or self._next_event()
-        answer = await self._log.append(self._life, sending.sequence, sending.event)
+        answer = await self._log.append(self._life, sending.sequence, sending.event, sending.quarantined)
         if answer is not Written.DONE:
             return answer
         self._sending = None
+        self._told |= dict.fromkeys(sending.quarantined)
+        _bound(self._told)
         self._next = sending.sequence + 1
         self._published_s = self._clock.now()
         self._delta_bytes += len(sending.event)
@@ -312,3 +316,9 @@ class IndexPublisher:
             parts.append(snapshot_to_bytes(part))
             await asyncio.sleep(0)  # the owner's loop goes on between two parts
         return parts
+
+
+def _bound(hashes: dict[BlockHash, None]) -> None:
+    """Drop the oldest beyond `MAX_QUARANTINED`."""
+    while len(hashes) > MAX_QUARANTINED:
+        del hashes[next(iter(hashes))]

@@ -21,6 +21,7 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 MOST_REFUSED = 1024
 """Locations without room that are told of by name."""
+QUARANTINED_AT_ONCE = 4096
 GRACE_S = 30.0
 """How long locations are kept that a log which has lost its memory does not name."""
 
@@ -47,7 +48,7 @@ class Index(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocationState:
+class FollowedLocation:
     """One location as a replica sees it.
 
     Attributes:
@@ -83,7 +84,7 @@ class ReplicaState:
     num_gaps: int
     num_fenced: int
     num_reloads: int
-    locations: tuple[LocationState, ...]
+    locations: tuple[FollowedLocation, ...]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,7 +115,8 @@ class IndexReplica:
         log: What to follow.
         index: What to keep; nobody else may change it.
         clock: Measures ages.
-        on_quarantine: Called with blocks that every holder has to let go of.
+        on_quarantine: Called with blocks that every holder has to let go of; again with all that the log remembers
+            whenever an entry may have been missed.
         grace_s: How long locations are kept that a log which has lost its memory does not name.
         wait_s: How long a read waits for news; less than the connection waits for an answer.
     """
@@ -144,6 +146,7 @@ class IndexReplica:
         self._lag_s = 0.0
         self._read_s: float | None = None
         self._refused: set[str] = set()
+        self._may_lack_quarantined = True
         self._num_events = self._num_gaps = self._num_fenced = self._num_reloads = 0
 
     def state(self) -> ReplicaState:
@@ -160,7 +163,7 @@ class IndexReplica:
             num_fenced=self._num_fenced,
             num_reloads=self._num_reloads,
             locations=tuple(
-                LocationState(
+                FollowedLocation(
                     name=name,
                     epoch=location.epoch,
                     next_sequence=location.next_sequence,
@@ -170,6 +173,14 @@ class IndexReplica:
                 for name, location in sorted(self._locations.items())
             ),
         )
+
+    def knows(self, location: str) -> bool:
+        """Return whether a location is in the index."""
+        return location in self._locations
+
+    def repeat_quarantined(self) -> None:
+        """Tell soon of all quarantined blocks that the log remembers: blocks have come that were not here before."""
+        self._may_lack_quarantined = True
 
     async def run(self) -> None:
         """Follow the log until cancelled; without it the index stays as it is."""
@@ -200,6 +211,7 @@ class IndexReplica:
         if self._is_lost(state):
             await self._reload(state)
             return
+        await self._repeat_quarantined()
         for entry in entries:
             self._position = await self._take(entry)
             if self._position < entry.id:
@@ -222,6 +234,7 @@ class IndexReplica:
 
     async def _reload(self, state: LogState) -> None:
         """Take in all locations anew, one by one; each serves its last known state until then."""
+        self._may_lack_quarantined = True
         has_lost_memory = state.incarnation != self._incarnation or state.last < self._position
         if has_lost_memory:
             for location in self._locations.values():
@@ -257,6 +270,8 @@ class IndexReplica:
         if found is None:
             return None
         life, snapshot = found
+        # It stands for entries that are not read one by one, and names only what is held.
+        self._may_lack_quarantined = True
         try:
             self._index.restore(snapshot)
         except Saturated as error:
@@ -342,6 +357,20 @@ class IndexReplica:
         for change in event.changes:
             if change.kind is ChangeKind.QUARANTINED and self._on_quarantine is not None:
                 self._on_quarantine(change.hashes)
+
+    async def _repeat_quarantined(self) -> None:
+        if not self._may_lack_quarantined or self._on_quarantine is None:
+            return
+        # Before the question: what is missed while it is answered makes for another.
+        self._may_lack_quarantined = False
+        try:
+            hashes = await self._log.quarantined()
+        except BaseException:
+            self._may_lack_quarantined = True
+            raise
+        for start in range(0, len(hashes), QUARANTINED_AT_ONCE):
+            self._on_quarantine(hashes[start : start + QUARANTINED_AT_ONCE])
+            await asyncio.sleep(0)
 
     def _drop_unnamed(self) -> None:
         """Drop locations that were not announced again; only called while the log is there."""

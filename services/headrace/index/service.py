@@ -8,7 +8,7 @@ import grpc.aio
 from headrace.core.placement import Tier
 from headrace.index.copy import IndexCopy
 from headrace.index.prefix_index import LocationState
-from headrace.index.replica import LocationState as Freshness
+from headrace.index.replica import FollowedLocation
 from headrace.v1 import index_pb2, index_pb2_grpc
 
 
@@ -61,13 +61,13 @@ def _describe(copy: IndexCopy, answer: index_pb2.DescribeIndexResponse) -> None:
     index, state = copy.index, copy.replica.state()
     answer.is_connected, answer.is_synced, answer.problem = state.is_connected, state.is_synced, state.problem
     answer.num_blocks, answer.memory_bytes = index.num_blocks, index.memory_bytes
-    answer.budget_bytes, answer.num_evicted = index.budget_bytes, index.totals.num_evicted
+    answer.budget_bytes, answer.num_evicted = index.budget_bytes, index.num_evicted
     answer.num_gaps, answer.num_events, answer.num_fenced = state.num_gaps, state.num_events, state.num_fenced
     fresh = {location.name: location for location in state.locations}
     answer.locations.extend(_location(location, fresh.get(location.name)) for location in index.locations())
 
 
-def _location(location: LocationState, fresh: Freshness | None) -> index_pb2.IndexLocation:
+def _location(location: LocationState, fresh: FollowedLocation | None) -> index_pb2.IndexLocation:
     return index_pb2.IndexLocation(
         name=location.name,
         epoch=location.epoch,

@@ -33,7 +33,7 @@ class ForeignBlocks:
     Args:
         root: Parent of every first block.
         block_tokens: Our tokens per block; a foreign block holds this many or a multiple.
-        max_blocks: Most foreign blocks that are remembered.
+        max_blocks: Most blocks of ours that the foreign ones may come to: one of those can be of any size.
     """
 
     def __init__(self, root: BlockHash, block_tokens: int, max_blocks: int = 262_144) -> None:
@@ -41,18 +41,20 @@ class ForeignBlocks:
         self._block_tokens = block_tokens
         self._max_blocks = max_blocks
         self._held: dict[ForeignHash, _Held] = {}
+        self._num_hashes = 0
         self._skipped_groups: set[int] = set()
         self.num_orphans = 0
         self.num_unsupported = 0
         self.num_refused = 0
 
     def __len__(self) -> int:
-        """Return how many foreign blocks are known."""
-        return len(self._held)
+        """Return how many blocks of ours are known to be held."""
+        return self._num_hashes
 
     def clear(self) -> None:
         """Forget all blocks."""
         self._held.clear()
+        self._num_hashes = 0
         self._skipped_groups.clear()
 
     def store(self, event: BlockStored) -> Change | None:
@@ -82,6 +84,7 @@ class ForeignBlocks:
             gone.append(held)
             if not held.tiers:
                 del self._held[name]
+                self._num_hashes -= len(held.hashes)
         return _change(ChangeKind.REMOVED, tier, gone)
 
     def _is_supported(self, event: BlockStored) -> bool:
@@ -104,9 +107,11 @@ class ForeignBlocks:
                 if parent is None or not event.token_ids:
                     self.num_orphans += len(event.block_hashes) - index
                     return
-                if len(self._held) >= self._max_blocks:
+                num_hashes = self._num_hashes + event.block_size // self._block_tokens
+                if num_hashes > self._max_blocks:
                     self.num_refused += len(event.block_hashes) - index
                     return
+                self._num_hashes = num_hashes
                 tokens = event.token_ids[index * event.block_size : (index + 1) * event.block_size]
                 held = self._held[name] = _Held(hashes=tuple(self._chain(parent, tokens)))
             parent = held.hashes[-1]

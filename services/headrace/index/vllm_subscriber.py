@@ -1,4 +1,4 @@
-"""Follows a vLLM engine's KV events, so that a router can route to it as to a worker of ours."""
+"""Follows a vLLM engine's KV events, so that the index can know what it holds."""
 
 import asyncio
 from collections import Counter
@@ -22,6 +22,9 @@ from headrace.index.vllm_events import (
 )
 
 HEARTBEAT_MS = 5_000
+"""An engine that answers none for as long is taken for gone."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+"""Before an engine that is away is tried again."""
 _CONNECTION_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -169,40 +172,48 @@ class VllmSubscriber:
         Raises:
             ConfigError: an endpoint cannot be used.
         """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            # A socket for each connection: after a message that breaks the rules libzmq never connects again.
+            was_met = await self._follow_once()
+            pause_s = FIRST_PAUSE_S if was_met else min(LONGEST_PAUSE_S, 2 * pause_s)
+            await asyncio.sleep(pause_s)
+
+    async def _follow_once(self) -> bool:
+        """Follow the engine until its connection ends; return whether there was one."""
         with self._context.socket(zmq.SUB) as sub:
             self._bound(sub)
             sub.subscribe(self._config.topic.encode())
             with sub.get_monitor_socket(_CONNECTION_EVENTS) as monitor:
                 try:
                     _connect(sub, self._config.endpoint)
-                    await self._follow(sub, monitor)
+                    return await self._follow(sub, monitor)
                 finally:
                     sub.disable_monitor()
 
-    async def _follow(self, sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> None:
+    async def _follow(self, sub: zmq.asyncio.Socket, monitor: zmq.asyncio.Socket) -> bool:
         poller = zmq.asyncio.Poller()
         poller.register(monitor, zmq.POLLIN)
         poller.register(sub, zmq.POLLIN)
+        was_met = False
         while True:
             ready = dict(await poller.poll())
             if monitor in ready:
-                happened = parse_monitor_message(await monitor.recv_multipart())["event"]
-                await self._note_connection(sub, is_connected=happened == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+                if parse_monitor_message(await monitor.recv_multipart())["event"] == zmq.EVENT_DISCONNECTED:
+                    self._begin_anew(ResetReason.DISCONNECTED)
+                    return was_met
+                was_met = True
+                self._begin_anew(ResetReason.CONNECTED)
+                await self._replay(0)
             else:
                 await self._hear(await sub.recv_multipart())
             # A socket that is never empty would keep the loop to itself.
             await asyncio.sleep(0)
 
-    async def _note_connection(self, sub: zmq.asyncio.Socket, *, is_connected: bool) -> None:
-        """Begin anew: who answers now need not be who answered before, and may have missed the same numbers."""
+    def _begin_anew(self, reason: ResetReason) -> None:
+        """Forget all: who answers now need not be who answered before, and may have missed the same numbers."""
         self._last_heard = None
-        self._feed.reset(ResetReason.CONNECTED if is_connected else ResetReason.DISCONNECTED)
-        if is_connected:
-            await self._replay(0)
-            return
-        # What is left of a connection that ended must not count as the first of the next.
-        while await sub.poll(0):
-            await sub.recv_multipart()
+        self._feed.reset(reason)
 
     async def _hear(self, frames: Sequence[bytes]) -> None:
         sequence = _sequence(frames)
@@ -263,6 +274,7 @@ class VllmSubscriber:
         socket.rcvhwm = self._config.high_water_mark
         socket.maxmsgsize = self._config.max_message_bytes
         socket.heartbeat_ivl = HEARTBEAT_MS
+        socket.reconnect_ivl, socket.reconnect_ivl_max = int(1000 * FIRST_PAUSE_S), int(1000 * LONGEST_PAUSE_S)
 
 
 def _sequence(frames: Sequence[bytes]) -> int | None:

@@ -254,6 +254,9 @@ class KvStoreActor:
         match message:
             case DiskOpened():
                 self._tiers.opened(message)
+                if self.index is not None:
+                    # Blocks that were on disk all along may have been found wrong while nobody was here.
+                    self.index.copy.replica.repeat_quarantined()
             case DiskWrote():
                 self._tiers.wrote(message)
             case DiskRead():
@@ -314,9 +317,10 @@ class KvStoreActor:
             self._epochs[message.worker] = message.epoch
 
     async def _prepare(self) -> KvLayout:
-        self._num_own_messages += 1
         if self.connector is None:
             await self._open_arena(NUM_KEPT_BLOCKS, TRIAL_LAYOUT)
+        # Not before: a message counts as handled at its end, and a report made meanwhile takes one from the other.
+        self._num_own_messages += 1
         return self.layout or TRIAL_LAYOUT
 
     async def _open_pool(self, layout: KvLayout) -> None:

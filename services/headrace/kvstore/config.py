@@ -5,7 +5,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from headrace.index.config import IndexConfig
+from headrace.core.addresses import check_addresses, check_name
+from headrace.errors import ConfigError
+from headrace.index.config import IndexConfig, VllmFeedsConfig
 from headrace.index.connection import RedisConfig
 from headrace.kvstore.quotas import Quota, Quotas, parse_quotas
 from headrace.settings import Between, Count, Port
@@ -49,6 +51,7 @@ class KvStoreConfig:
         disk_write: Whether blocks are written to disk when they come, or when memory becomes short.
         redis: Where the log of the shared index is; without its URL the store knows its own blocks only.
         index: The store's copy of the index.
+        vllm_feeds: Engines that are none of ours; the store tells the index what they hold.
         siblings: Addresses of the other kvstores, as workers write them; they get the blocks of one that leaves.
         handover_s: How long a store that was not told how long it has hands its blocks over.
         max_hashes: Most block hashes of one call.
@@ -59,7 +62,8 @@ class KvStoreConfig:
         exit_with_parent: End when the process that started this one ends.
 
     Raises:
-        ConfigError: a quota is not understood.
+        ConfigError: a quota is not understood, the name is empty, siblings are no addresses of others, or engines are
+            followed without an index to tell.
     """
 
     name: str = "kvstore"
@@ -75,6 +79,7 @@ class KvStoreConfig:
     disk_write: DiskWrite = DiskWrite.THROUGH
     redis: RedisConfig = field(default_factory=RedisConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    vllm_feeds: VllmFeedsConfig = field(default_factory=VllmFeedsConfig)
     siblings: tuple[str, ...] = ()
     handover_s: Annotated[float, Between(0.0, 3600.0)] = 20.0
     max_hashes: Count = 65_536
@@ -86,6 +91,13 @@ class KvStoreConfig:
 
     def __post_init__(self) -> None:
         parse_quotas(self.tenant_quotas)
+        check_name(self.name)
+        check_addresses(self.siblings, "siblings")
+        own = f"{self.host}:{self.grpc_port}"
+        if own in self.siblings:
+            raise ConfigError(f"siblings names this store itself, {own}: it wants the others", field="siblings")
+        if self.vllm_feeds.engines and self.redis.url is None:
+            raise ConfigError("vllm_feeds.engines needs an index: set redis.url", field="vllm_feeds.engines")
 
     @property
     def quotas(self) -> Quotas:

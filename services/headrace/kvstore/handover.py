@@ -3,43 +3,40 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headrace.clock import Clock
 from headrace.core.block import BlockHash, BlockId, KvLayout
+from headrace.core.put_facts import PutFacts
 from headrace.core.request import PROTOCOL_VERSION
 from headrace.core.segments import SEGMENT_BLOCKS, stores_by_preference
 from headrace.core.wire import layout_to_proto
-from headrace.errors import Draining, HeadraceError, Saturated
+from headrace.errors import Draining, HeadraceError, InternalError, Saturated
 from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.messages import HandedOver, ListForHandover, TakeForHandover, Taken
 from headrace.kvstore.stored_block import StoredBlock
-from headrace.runtime.channels import Channels, translate_errors
+from headrace.runtime.channels import Channels
 from headrace.transfer.connector import Connector
 from headrace.transfer.wire import pool_to_proto
-from headrace.v1 import block_pb2, cluster_pb2, kvstore_pb2, kvstore_pb2_grpc
+from headrace.v1 import cluster_pb2
+from headrace.worker.digests import BlockDigests
+from headrace.worker.kv_client import KvClient, Put, PutTerms
 from headrace.worker.peers import Peers
+from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT_S = 2.0
 PUT_TIMEOUT_S = 10.0
 
+PUTS_AT_ONCE = 2
+"""While one waits for a sibling's answer, the blocks of another are on their way."""
+
 _Held: TypeAlias = tuple[tuple[StoredBlock, BlockId], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    """One put of a handover."""
-
-    connector: Connector
-    peers: Peers
-    layout: KvLayout
-    hold_id: str
-    end_s: float
 
 
 def chains_of(blocks: Iterable[StoredBlock]) -> list[list[StoredBlock]]:
@@ -88,7 +85,6 @@ class Handover:
         self._actor = actor
         self._channels = channels
         self._clock = clock
-        self._gone: set[str] = set()
         self.num_blocks = 0
 
     async def run(self, end_s: float) -> None:
@@ -96,95 +92,96 @@ class Handover:
         connector, layout = self._actor.connector, self._actor.layout
         if not self._config.siblings or connector is None or layout is None:
             return
-        peers = Peers(connector, self._channels, lambda: self._introduce(connector, layout), "")
+        siblings = self._clients(connector, layout)
+        await asyncio.gather(*(self._meet(siblings, address, end_s) for address in self._config.siblings))
         blocks: tuple[StoredBlock, ...] = await self._actor.mailbox.ask(lambda reply: ListForHandover(reply=reply))
-        for number, chain in enumerate(chains_of(blocks)):
-            if self._clock.now() >= end_s:
-                break
-            hold_id = f"handover {number}"
-            put = _Task(connector=connector, peers=peers, layout=layout, hold_id=hold_id, end_s=end_s)
-            await self._hand(put, chain)
+        chains = enumerate(chains_of(blocks))
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self._num_at_once()):
+                tasks.create_task(self._give(chains, siblings, end_s))
         logger.info("blocks handed over", extra={"num_blocks": self.num_blocks, "num_known": len(blocks)})
 
-    async def _hand(self, task: _Task, chain: Sequence[StoredBlock]) -> None:
-        key = chain[0].segment_key or chain[0].block_hash
-        for number, address in enumerate(stores_by_preference(key, self._config.siblings)):
-            if address in self._gone:
-                continue
-            # Of its own for each try: blocks that one has not settled are still held under the other.
-            task = replace(task, hold_id=f"{task.hold_id} {number}")
-            try:
-                async with asyncio.timeout(max(0.0, task.end_s - self._clock.now())), translate_errors(address):
-                    await self._put(task, address, chain)
-            except (HeadraceError, TimeoutError) as error:
-                logger.warning("sibling takes no blocks", extra={"address": address, "error": str(error)})
-                self._gone.add(address)
-                continue
-            return
-
-    async def _put(self, task: _Task, address: str, chain: Sequence[StoredBlock]) -> None:
-        peer = await task.peers.ensure(address)
-        held = await self._take(task, tuple(block.block_hash for block in chain))
-        is_done = False
+    async def _meet(self, siblings: dict[str, KvClient], address: str, end_s: float) -> None:
+        """Connect, with more patience than a put has: one that nobody has met yet opens its pool first."""
         try:
-            if held:
-                await self._write(task, address, peer.pool.agent_name, held)
-                self.num_blocks += len(held)
-                is_done = True
-        finally:
-            names = tuple(block.block_hash for block, _ in held) if is_done else ()
-            ended = HandedOver(hold_id=task.hold_id, hashes=names)
-            task.connector.when_settled([place for _, place in held], lambda: self._tell(ended))
+            async with asyncio.timeout(max(0.0, end_s - self._clock.now())):
+                await siblings[address].link.parts.peers.ensure(address)
+        except (HeadraceError, TimeoutError) as error:
+            logger.warning("sibling not met", extra={"address": address, "error": type(error).__name__})
+            del siblings[address]
 
-    async def _take(self, task: _Task, hashes: tuple[BlockHash, ...]) -> _Held:
+    def _num_at_once(self) -> int:
+        """Return how many puts go on at once: what comes from disk for one must not push another's blocks out."""
+        counts = self._actor.view().counts
+        return max(1, min(PUTS_AT_ONCE, 0 if counts is None else counts.total // (2 * SEGMENT_BLOCKS)))
+
+    async def _give(
+        self, chains: Iterator[tuple[int, list[StoredBlock]]], siblings: dict[str, KvClient], end_s: float
+    ) -> None:
+        """Put one chain after the other; several of these share the chains and the siblings that are left."""
+        for number, chain in chains:
+            if self._clock.now() >= end_s:
+                return
+            key = chain[0].segment_key or chain[0].block_hash
+            for address in stores_by_preference(key, siblings):
+                # Of its own for each try: blocks that one has not settled are still held under the other.
+                hold_id = f"handover {number} {address}"
+                if address in siblings and await self._put(siblings[address], hold_id, chain, end_s):
+                    break
+                if siblings.pop(address, None) is not None:
+                    logger.warning("sibling takes no blocks", extra={"address": address})
+
+    def _clients(self, connector: Connector, layout: KvLayout) -> dict[str, KvClient]:
+        peers = Peers(connector, self._channels, lambda: self._introduce(connector, layout), "")
+        caller = PoolCaller(name=self._config.name, epoch=self._epoch, fingerprint="", layout=layout)
+        links = LinkParts(channels=self._channels, connector=connector, peers=peers, caller=caller, clock=self._clock)
+        # Digests travel as they are known: one that was taken now would vouch for bytes that went wrong here.
+        digests = BlockDigests(layout, 0.0, _unread)
+        return {address: KvClient(PoolLink(address, links), digests) for address in self._config.siblings}
+
+    async def _put(self, sibling: KvClient, hold_id: str, chain: Sequence[StoredBlock], end_s: float) -> bool:
+        """Put what is in memory of a chain; return whether the sibling took it, or there was nothing to take."""
+        held = await self._take(hold_id, tuple(block.block_hash for block in chain))
+        if not held:
+            return True
+        first, hashes = held[0][0], tuple(block.block_hash for block, _ in held)
+        put = Put(
+            hashes=hashes,
+            local_ids=[place for _, place in held],
+            facts=PutFacts(
+                tenant=first.tenant,
+                num_blocks_before=first.num_blocks_before,
+                origin=first.origin,
+                segment_key=first.segment_key,
+                parent=first.parent,
+            ),
+            digests=[block.digest for block, _ in held],
+        )
+        now_s, stored = self._clock.now(), None
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, end_s - now_s)):
+                    stored = await sibling.put(put, PutTerms(deadline_s=min(end_s, now_s + PUT_TIMEOUT_S)))
+        finally:
+            ended = HandedOver(hold_id=hold_id, hashes=() if stored is None else hashes)
+            sibling.link.parts.connector.when_settled(put.local_ids, lambda: self._tell(ended))
+        self.num_blocks += 0 if stored is None else len(held)
+        return stored is not None
+
+    async def _take(self, hold_id: str, hashes: tuple[BlockHash, ...]) -> _Held:
         """Return the leading blocks of a chain, which are in memory and stay there."""
-        taken = await self._ask(task, hashes, may_promote=True)
+        taken = await self._ask(hold_id, hashes, may_promote=True)
         if taken.coming is not None:
             await asyncio.wait(taken.coming.ends)
-            taken = await self._ask(task, hashes, may_promote=False)
+            taken = await self._ask(hold_id, hashes, may_promote=False)
         num = next((i for i, (block, _) in enumerate(taken.held) if block.block_hash != hashes[i]), None)
         return taken.held[:num]
 
-    async def _ask(self, task: _Task, hashes: tuple[BlockHash, ...], *, may_promote: bool) -> Taken:
+    async def _ask(self, hold_id: str, hashes: tuple[BlockHash, ...], *, may_promote: bool) -> Taken:
         taken: Taken = await self._actor.mailbox.ask(
-            lambda reply: TakeForHandover(hold_id=task.hold_id, hashes=hashes, may_promote=may_promote, reply=reply)
+            lambda reply: TakeForHandover(hold_id=hold_id, hashes=hashes, may_promote=may_promote, reply=reply)
         )
         return taken
-
-    async def _write(self, task: _Task, address: str, agent: str, held: _Held) -> None:
-        stub: kvstore_pb2_grpc.KvStoreServiceAsyncStub = kvstore_pb2_grpc.KvStoreServiceStub(
-            self._channels.get(address)
-        )
-        deadline_s = min(task.end_s, self._clock.now() + PUT_TIMEOUT_S)
-        put = await stub.ReservePut(self._request(task.layout, held, deadline_s), timeout=CALL_TIMEOUT_S)
-        if not put.indices:
-            return
-        wanted = [held[index] for index in put.indices]
-        await task.connector.write(agent, [place for _, place in wanted], put.lease.block_ids, deadline_s)
-        commit = kvstore_pb2.CommitPutRequest(
-            lease_id=put.lease.lease_id,
-            epoch=put.lease.epoch,
-            is_complete=True,
-            tenant=held[0][0].tenant,
-            digests=[block.digest for block, _ in wanted],
-        )
-        await stub.CommitPut(commit, timeout=CALL_TIMEOUT_S)
-
-    def _request(self, layout: KvLayout, held: _Held, deadline_s: float) -> kvstore_pb2.ReservePutRequest:
-        first = held[0][0]
-        return kvstore_pb2.ReservePutRequest(
-            block_hashes=[block.block_hash for block, _ in held],
-            layout=layout_to_proto(layout),
-            writer=self._config.name,
-            writer_epoch=self._epoch,
-            deadline_unix_ms=self._clock.unix_ms() + int((deadline_s - self._clock.now()) * 1000),
-            tenant=first.tenant,
-            num_blocks_before=first.num_blocks_before,
-            provenance=block_pb2.Provenance.ValueType(first.origin.provenance),
-            policy_id=first.origin.policy_id,
-            segment_key=first.segment_key or b"",
-            parent_hash=first.parent or b"",
-        )
 
     def _introduce(self, connector: Connector, layout: KvLayout) -> cluster_pb2.HandshakeRequest:
         # With the layout: a sibling that has met no worker yet has to open its pool for these blocks.
@@ -201,3 +198,7 @@ class Handover:
         # The actor may have ended before the last transfer settled; its blocks went with it.
         with contextlib.suppress(Draining, Saturated):
             self._actor.mailbox.tell(message)
+
+
+def _unread(block: BlockId) -> NDArray[np.uint8]:
+    raise InternalError(f"a handover passes digests on as they are, and takes none of block {block}")

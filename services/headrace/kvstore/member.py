@@ -125,6 +125,8 @@ class KvStoreMember:
         await self._actor.mailbox.ask(
             lambda reply: Meet(worker=caller.name, epoch=caller.epoch, layout=layout, reply=reply)
         )
+        if layout is not None and self._actor.index is not None:
+            self._actor.index.feeds.meet(caller.model_fingerprint, layout.block_tokens)
 
     async def drain(self, grace_s: float) -> int:
         """Grant no lease any more and begin to leave; returns how many leases and writers are left."""

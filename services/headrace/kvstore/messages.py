@@ -7,10 +7,11 @@ from typing import TypeAlias, TypeVar
 
 from headrace.core.block import BlockHash, BlockId, KvLayout
 from headrace.core.holder import Holder
+from headrace.core.put_facts import PutFacts
 from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.disk import Written
 from headrace.kvstore.store import Claim
-from headrace.kvstore.stored_block import PutFacts, StoredBlock
+from headrace.kvstore.stored_block import StoredBlock
 
 ReplyT = TypeVar("ReplyT")
 Reply: TypeAlias = "asyncio.Future[ReplyT]"

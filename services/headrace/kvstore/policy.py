@@ -4,11 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from headrace.core.block import HASH_BYTES, BlockHash, KvLayout
+from headrace.core.block import BlockHash, KvLayout
 from headrace.core.placement import Tier
+from headrace.core.put_facts import PutFacts
 from headrace.errors import InvalidRequest, PeerMismatch
 from headrace.index.prefix_index import PrefixMatch
-from headrace.kvstore.stored_block import MAX_TEXT_BYTES, PutFacts, StoredBlock
+from headrace.kvstore.stored_block import MAX_TEXT_BYTES, StoredBlock
 
 
 def check_layout(layout: KvLayout, kept: KvLayout) -> None:
@@ -40,14 +41,10 @@ def offered_blocks(hashes: Sequence[BlockHash], facts: PutFacts, now_unix_ms: in
     """Return the facts of each block of a put.
 
     Raises:
-        InvalidRequest: the key of the segment or the parent is not a hash, or tenant and policy are too long.
+        InvalidRequest: tenant and policy are too long.
     """
-    for field, name in (("segment_key", facts.segment_key), ("parent_hash", facts.parent)):
-        if len(name) not in (0, HASH_BYTES):
-            raise InvalidRequest(f"{field} is a block hash of {HASH_BYTES} bytes", field=field)
     if len((facts.tenant + facts.origin.policy_id).encode()) > MAX_TEXT_BYTES:
         raise InvalidRequest(f"tenant and policy take more than {MAX_TEXT_BYTES} bytes together", field="tenant")
-    first_parent = BlockHash(facts.parent) if facts.parent else None
     return tuple(
         StoredBlock(
             block_hash=name,
@@ -55,8 +52,8 @@ def offered_blocks(hashes: Sequence[BlockHash], facts: PutFacts, now_unix_ms: in
             num_blocks_before=facts.num_blocks_before + index,
             origin=facts.origin,
             stored_unix_ms=now_unix_ms,
-            parent=hashes[index - 1] if index else first_parent,
-            segment_key=BlockHash(facts.segment_key) if facts.segment_key else None,
+            parent=hashes[index - 1] if index else facts.parent,
+            segment_key=facts.segment_key,
         )
         for index, name in enumerate(hashes)
     )

@@ -2,15 +2,12 @@
 
 import grpc.aio
 
-from headrace.core.placement import Origin, Provenance
-from headrace.core.wire import layout_from_proto
-from headrace.errors import InvalidRequest
+from headrace.core.wire import layout_from_proto, read_facts
 from headrace.index.prefix_index import PrefixMatch
 from headrace.kvstore.actor import KvStoreActor
 from headrace.kvstore.messages import CommitPut, Granted, Match, ReservePut
 from headrace.kvstore.pool_service import lease_of
 from headrace.kvstore.store import Claim
-from headrace.kvstore.stored_block import PutFacts
 from headrace.v1 import block_pb2, kvstore_pb2, kvstore_pb2_grpc
 
 
@@ -39,7 +36,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.ReservePutRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> kvstore_pb2.ReservePutResponse:
         """Reserve room for blocks that the store does not have."""
-        layout, facts = layout_from_proto(request.layout), _facts_of(request)
+        layout, facts = layout_from_proto(request.layout), read_facts(request)
         granted: Granted = await self._mailbox.ask(
             lambda reply: ReservePut(
                 hashes=request.block_hashes,
@@ -64,20 +61,6 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             )
         )
         return kvstore_pb2.CommitPutResponse(num_committed=num_committed)
-
-
-def _facts_of(request: kvstore_pb2.ReservePutRequest) -> PutFacts:
-    try:
-        provenance = Provenance(request.provenance or Provenance.EXACT)
-    except ValueError:
-        raise InvalidRequest(f"provenance {request.provenance} is not known", field="provenance") from None
-    return PutFacts(
-        tenant=request.tenant,
-        num_blocks_before=request.num_blocks_before,
-        origin=Origin(provenance=provenance, policy_id=request.policy_id),
-        segment_key=request.segment_key,
-        parent=request.parent_hash,
-    )
 
 
 def _match_to_proto(match: PrefixMatch) -> kvstore_pb2.PrefixMatch:

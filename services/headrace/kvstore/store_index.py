@@ -13,6 +13,7 @@ from headrace.index.events import Change
 from headrace.index.log import Lifetime
 from headrace.index.prefix_index import PrefixMatch
 from headrace.index.publisher import IndexPublisher
+from headrace.index.vllm_feeds import VllmFeeds
 from headrace.kvstore.config import KvStoreConfig
 
 
@@ -22,14 +23,17 @@ class StoreIndex:
     Args:
         copy: What is followed.
         publisher: Of the own blocks.
-        redis: The publisher's connection.
+        feeds: Of engines that are none of ours.
+        redis: The connection of both.
 
     Attributes:
         copy: See above.
+        feeds: See above.
     """
 
-    def __init__(self, copy: IndexCopy, publisher: IndexPublisher, redis: Redis) -> None:
+    def __init__(self, copy: IndexCopy, publisher: IndexPublisher, feeds: VllmFeeds, redis: Redis) -> None:
         self.copy = copy
+        self.feeds = feeds
         self._publisher = publisher
         self._redis = redis
 
@@ -52,10 +56,12 @@ class StoreIndex:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._publisher.run())
             tasks.create_task(self.copy.replica.run())
+            tasks.create_task(self.feeds.run())
 
     async def close(self) -> None:
         """Leave the index and give both connections up; `run` was cancelled before."""
         await self._publisher.leave()
+        await self.feeds.close()
         await disconnect(self._redis)
         await self.copy.close()
 
@@ -73,4 +79,5 @@ def open_index(
         return None
     log, redis = open_log(config.redis, config.index)
     life = Lifetime(location=config.name, epoch=epoch, started_unix_ms=clock.unix_ms())
-    return StoreIndex(copy, IndexPublisher(log, life, clock), redis)
+    feeds = VllmFeeds(config.vllm_feeds, log, clock, copy.replica.knows)
+    return StoreIndex(copy, IndexPublisher(log, life, clock), feeds, redis)

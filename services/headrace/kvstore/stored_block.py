@@ -50,20 +50,3 @@ class StoredBlock:
                 raise ValueError(f"a block hash has {HASH_BYTES} bytes, found {len(name)}")
         if len((self.tenant + self.origin.policy_id).encode()) > MAX_TEXT_BYTES:
             raise ValueError(f"tenant and policy are longer than {MAX_TEXT_BYTES} bytes together")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PutFacts:
-    """What a writer says of the blocks of a put, which are neighbours in one segment of one chain.
-
-    Attributes:
-        num_blocks_before: In the prompt before the first of them.
-        segment_key: Hash of the first block of the segment; empty if the writer does not say.
-        parent: Hash of the block before the first of them; empty if there is none.
-    """
-
-    tenant: str = ""
-    num_blocks_before: int = 0
-    origin: Origin = EXACT
-    segment_key: bytes = b""
-    parent: bytes = b""

@@ -92,6 +92,7 @@ class PrefillJob:
         self._pusher: asyncio.Task[HeadraceError | None] | None = None
         self._has_failed = False
         self._pushed_blocks = 0
+        self._declined_tokens = 0
         self._arrived_s = parts.clock.now()
         self._begun_s = self._arrived_s
         self.response = prefill_pb2.PrefillResponse()
@@ -145,6 +146,7 @@ class PrefillJob:
         present = await self._parts.blocks.fetch(sequence)
         self._begun_s = self._parts.clock.now()
         sequence.begin(present)
+        self._declined_tokens = sequence.declined_tokens
         self._fill_response(admitted.num_cached_tokens, present)
         done = self._target.cached_tokens // block_tokens
         done = self._offer(next_push(done, present, block_tokens, is_last=False), done)
@@ -226,7 +228,9 @@ class PrefillJob:
         self.response.compute_us = int((now_s - self._begun_s) * 1e6)
         self.response.pushed_bytes = self._pushed_blocks * parts.block_bytes
         cached = self.response.local_cached_tokens + self.response.fetched_tokens
-        first = decode_pb2.FirstToken(event=token_to_proto(self._first), cached_tokens=cached)
+        first = decode_pb2.FirstToken(
+            event=token_to_proto(self._first), cached_tokens=cached, declined_tokens=self._declined_tokens
+        )
         with self._peer_to_blame():
             await self._send_commit(decode_pb2.CommitPrefillRequest(first_token=first))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from headrace.core.addresses import check_addresses, check_name
 from headrace.core.tenancy import ALL_TENANTS, Tenancy
 from headrace.index.config import IndexConfig
 from headrace.index.connection import RedisConfig
@@ -38,6 +39,9 @@ class RouterConfig:
             is empty, whoever reaches the stores can compute them.
         public_tenants: Tenants whose requests may share prefixes with everybody (`cache_scope: public`); `*` is all.
         exit_with_parent: End when the process that started this one ends.
+
+    Raises:
+        ConfigError: the name is empty, or addresses are none.
     """
 
     name: str = "router"
@@ -62,6 +66,11 @@ class RouterConfig:
     cache_secret: Secret = Secret("")
     public_tenants: tuple[str, ...] = (ALL_TENANTS,)
     exit_with_parent: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_addresses(self.workers, "workers")
+        check_addresses(self.kvstores, "kvstores")
 
     def tenancy(self) -> Tenancy:
         """Return the rules about tenants."""

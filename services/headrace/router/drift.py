@@ -14,7 +14,7 @@ class HitDrift:
     """Compares the tokens that the index said are cached with those that a request reused.
 
     Attributes:
-        predicted_tokens: Sum of predictions since the start.
+        predicted_tokens: Sum of predictions since the start, but for what was declined.
         actual_tokens: Sum of what was found for the same requests.
         alarm_at: Share from which on the difference is an alarm, 0 to 1.
     """
@@ -25,8 +25,16 @@ class HitDrift:
     _recent_difference: float = 0.0
     _recent_tokens: float = 0.0
 
-    def note(self, predicted: int, actual: int) -> None:
-        """Take in one request."""
+    def note(self, predicted: int, actual: int, declined: int = 0) -> None:
+        """Take in one request.
+
+        Args:
+            predicted: Tokens that the index promised.
+            actual: Tokens that were reused.
+            declined: Tokens that were left where they are, for computing them was faster: no mistake of the index,
+                as far as it promised them.
+        """
+        predicted -= min(declined, max(0, predicted - actual))
         self.predicted_tokens += predicted
         self.actual_tokens += actual
         self._recent_difference = self._recent_difference * KEPT_SHARE + abs(predicted - actual)

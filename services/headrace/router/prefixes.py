@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from headrace.core.block import BlockHash
-from headrace.core.placement import Tier
+from headrace.core.placement import Tier, is_foreign
 from headrace.core.request import CachedPrefix
 from headrace.core.segments import segments, store_of
 from headrace.index.prefix_index import PrefixIndex, PrefixMatch
@@ -52,7 +52,10 @@ class Prefixes:
             hashes: Of its full blocks, in order.
             workers: host:port of usable workers, by name.
             stores: host:port of usable kvstores, by name.
+
+        What foreign engines hold is no hit of anybody: it cannot be read, not even by a process that took such a name.
         """
+        workers, stores = _readable(workers), _readable(stores)
         if not hashes:
             return NOTHING_CACHED
         found = {match.location: match for match in self._index.match(hashes)}
@@ -85,6 +88,10 @@ class Prefixes:
             match = part.get(names[address])
             if match is not None:
                 yield _source(match, address, segment.start, segment.start + match.num_blocks)
+
+
+def _readable(addresses: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: address for name, address in addresses.items() if not is_foreign(name)}
 
 
 def _source(match: PrefixMatch, address: str, start: int, end: int) -> CachedPrefix:

@@ -65,10 +65,11 @@ class SequenceParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """Tokens in order, and how many prompt tokens were reused."""
+    """Tokens in order, how many prompt tokens were reused, and how many were computed although somebody held them."""
 
     tokens: tuple[Token, ...]
     cached_tokens: int
+    declined_tokens: int
 
 
 class SequenceRun:
@@ -143,7 +144,7 @@ class SequenceRun:
                 is_first = True
                 async for batch in batches:
                     if is_first:
-                        self._note_drift(cached, batch.cached_tokens)
+                        self._note_drift(cached, batch)
                         is_first = False
                     yield batch
         finally:
@@ -179,11 +180,12 @@ class SequenceRun:
         stores = {store.name: store.address for store in parts.table.stores()}
         return parts.prefixes.look_up(self._hashes, workers, stores)
 
-    def _note_drift(self, cached: Cached, actual: int) -> None:
-        """Compare what the index promised with what was reused; the last known token is never reused."""
+    def _note_drift(self, cached: Cached, first: TokenBatch) -> None:
+        """Compare what the index promised with what was found; the last known token is never reused."""
         if self._parts.prefixes is not None and self._parts.prefixes.is_current():
             usable = (len(self._spec.tokens) - 1) // self._block_tokens
-            self._parts.drift.note(min(cached.num_reachable, usable) * self._block_tokens, actual)
+            promised = min(cached.num_reachable, usable) * self._block_tokens
+            self._parts.drift.note(promised, first.cached_tokens, first.declined_tokens)
 
     def _reserve(self, route: Route, spec: SequenceSpec) -> None:
         num_tokens = len(spec.tokens)
@@ -336,5 +338,7 @@ def _saturated(error: HeadraceError) -> Saturated:
 
 def _batch(message: decode_pb2.TokenEvents) -> TokenBatch:
     return TokenBatch(
-        tokens=tuple(token_from_proto(event) for event in message.events), cached_tokens=message.cached_tokens
+        tokens=tuple(token_from_proto(event) for event in message.events),
+        cached_tokens=message.cached_tokens,
+        declined_tokens=message.declined_tokens,
     )

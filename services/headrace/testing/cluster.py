@@ -157,7 +157,7 @@ class LocalCluster:
         return {member.name: member for member in answer.members}
 
     def wait_connected(self, timeout_s: float = START_TIMEOUT_S) -> None:
-        """Wait until the router may send work to every process."""
+        """Wait until the router may send work to every process, and every kvstore has met a worker."""
         wait_until(lambda: self._num_disconnected() == 0, timeout_s, lambda: f"not connected: {self.members()}")
 
     def footprint(self) -> Footprint:
@@ -215,10 +215,16 @@ class LocalCluster:
         return found
 
     def _num_disconnected(self) -> int:
-        return sum(not (member.is_connected and member.load.is_ready) for member in self.members().values())
+        return sum(not _is_usable(member) for member in self.members().values())
 
     def _command(self, verb: str, *args: str) -> list[str]:
         return [sys.executable, "-m", "headrace.cli.main", verb, "--run-dir", str(self.run_dir), *args]
+
+
+def _is_usable(member: router_pb2.ClusterMember) -> bool:
+    # A kvstore that was born again has no pool before a worker, which looks every few seconds, meets it.
+    has_pool = member.role != cluster_pb2.ROLE_KVSTORE or member.load.ledger.total > 0
+    return member.is_connected and member.load.is_ready and has_pool
 
 
 def _follow_parent() -> None:

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.clock import Clock
+from headrace.core.block import Span
 from headrace.errors import DeadlineExceeded, HeadraceError, PeerFailed, PeerMismatch
-from headrace.transfer.connector import PoolDescriptor, TransferStats
+from headrace.transfer.connector import PoolDescriptor, TransferStats, check_span
 from headrace.transfer.quarantine import Quarantine
 
 LOOK_S = 0.001
@@ -116,15 +117,22 @@ class FakeConnector:
         self._stats["written"] += len(local_ids) * self._pool.block_bytes
 
     async def read(
-        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+        self,
+        agent_name: str,
+        local_ids: Sequence[int],
+        remote_ids: Sequence[int],
+        deadline_s: float,
+        span: Span | None = None,
     ) -> None:
-        """Copy a peer's blocks into own blocks."""
+        """Copy a peer's blocks, or a part of each, into own blocks."""
+        start, end = span or (0, self._pool.block_bytes)
+        check_span(Span(start, end), self._pool.block_bytes)
 
         def copy(peer: FakeConnector) -> None:
-            self.blocks[list(local_ids)] = peer.blocks[list(remote_ids)]
+            self.blocks[list(local_ids), start:end] = peer.blocks[list(remote_ids), start:end]
 
         await self._move(copy, agent_name, (local_ids, remote_ids), deadline_s)
-        self._stats["read"] += len(local_ids) * self._pool.block_bytes
+        self._stats["read"] += len(local_ids) * (end - start)
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:
         """Call `call` once no transfer touches these own blocks."""

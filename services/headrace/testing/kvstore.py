@@ -34,6 +34,8 @@ from headrace.worker.peers import Peers
 
 DISK_BYTES = 1 << 20
 SETTLE_S = 0.5
+FINGERPRINT = "model"
+"""Of the model whose worker a client claims to be."""
 
 
 @asynccontextmanager
@@ -109,10 +111,15 @@ class StoreClient:
         self.pool: pool_pb2_grpc.PoolServiceAsyncStub = pool_pb2_grpc.PoolServiceStub(channels.get(address))
         self.last_get = pool_pb2.AcquireGetResponse()
         self._address = address
+        self._channels = channels
         self._connector = connector
         self._layout = layout
         self._clock = clock
         self._peers = Peers(connector, channels, self._introduce, "")
+
+    def of(self, address: str) -> "StoreClient":
+        """Return the client of another store, with the same memory."""
+        return StoreClient(address, self._channels, self._connector, self.blocks, self._layout, self._clock)
 
     async def reserve(
         self,
@@ -137,10 +144,13 @@ class StoreClient:
         async with translate_errors(self._address):
             return await self.puts.ReservePut(request, timeout=5.0)
 
-    async def write(self, lease: block_pb2.BlockLease, local_ids: Sequence[int]) -> None:
+    async def write(
+        self, lease: block_pb2.BlockLease, local_ids: Sequence[int], deadline_s: float | None = None
+    ) -> None:
         """Write own blocks into those of a lease."""
         peer = await self._peers.ensure(self._address, lease.epoch)
-        await self._connector.write(peer.pool.agent_name, local_ids, lease.block_ids, self._clock.now() + 5.0)
+        end_s = self._clock.now() + 5.0 if deadline_s is None else deadline_s
+        await self._connector.write(peer.pool.agent_name, local_ids, lease.block_ids, end_s)
 
     async def commit(
         self, lease: block_pb2.BlockLease, tenant: str = "", digests: Sequence[int] = (), *, is_complete: bool = True
@@ -199,6 +209,7 @@ class StoreClient:
     def _introduce(self) -> cluster_pb2.HandshakeRequest:
         return cluster_pb2.HandshakeRequest(
             protocol_version=PROTOCOL_VERSION,
+            model_fingerprint=FINGERPRINT,
             name="client",
             role=cluster_pb2.ROLE_PREFILL,
             epoch=self._connector.pool.epoch,

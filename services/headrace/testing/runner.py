@@ -83,6 +83,9 @@ class FakeRunner:
             raise failure
         for item in batch.items:
             self._check(item)
+        if batch.await_layer is not None:
+            for layer in range(self.num_layers):
+                batch.await_layer(layer)
         for item in batch.items:
             self.write(item.block_table, item.token_ids, item.kv_start, item.positions)
         rows = [self._logits(item) for item in batch.items if item.sample]

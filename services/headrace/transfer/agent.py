@@ -11,6 +11,7 @@ from typing import Any, NewType, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace.core.block import Span
 from headrace.errors import ConfigError, PeerFailed, PeerMismatch
 from headrace.transfer.arena import Arena
 from headrace.transfer.connector import PoolDescriptor
@@ -161,6 +162,14 @@ class NixlAgent:
                 self._agent.makeXferReq(code, self.own_blocks, local_ids, remote, remote_ids, b"", [], False)
             )
 
+    def make_part(self, operation: Operation, peer: PoolDescriptor, ids: IdPairs, span: Span) -> Request:
+        """Prepare a transfer of a part of each block; as `make`, at the cost of a look-up for each block."""
+        code = self._nixl.NIXL_READ if operation is Operation.READ else self._nixl.NIXL_WRITE
+        local = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, _parts(self._arena, ids[0], span))
+        remote = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, _parts(peer, ids[1], span))
+        with self._translate(peer.agent_name):
+            return Request(self._agent.createXferReq(code, local, remote, peer.agent_name))
+
     def post(self, request: Request, peer: str) -> bool:
         """Start a transfer; where the lane is one-sided memory access it is done when this returns.
 
@@ -230,9 +239,13 @@ def load_bindings() -> ModuleType:
 
 
 def _blocks(pool: Arena | PoolDescriptor) -> NDArray[np.uint64]:
-    rows = np.empty((pool.num_blocks, 3), dtype=np.uint64)
-    rows[:, 0] = pool.base_address + np.arange(pool.num_blocks, dtype=np.uint64) * pool.block_bytes
-    rows[:, 1] = pool.block_bytes
+    return _parts(pool, range(pool.num_blocks), Span(0, pool.block_bytes))
+
+
+def _parts(pool: Arena | PoolDescriptor, block_ids: Sequence[int], span: Span) -> NDArray[np.uint64]:
+    rows = np.empty((len(block_ids), 3), dtype=np.uint64)
+    rows[:, 0] = pool.base_address + span.start + np.asarray(block_ids, dtype=np.uint64) * pool.block_bytes
+    rows[:, 1] = span.end - span.start
     rows[:, 2] = 0
     return rows
 

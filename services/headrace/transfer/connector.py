@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from headrace.core.block import Span
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolDescriptor:
@@ -34,6 +36,16 @@ class TransferStats:
     num_failed: int = 0
     written_bytes: int = 0
     read_bytes: int = 0
+
+
+def check_span(span: Span, block_bytes: int) -> None:
+    """Refuse a part that no block has.
+
+    Raises:
+        ValueError: it is empty or not inside a block.
+    """
+    if not 0 <= span.start < span.end <= block_bytes:
+        raise ValueError(f"bytes {span.start} to {span.end} are no part of a block of {block_bytes}")
 
 
 class Connector(Protocol):
@@ -93,9 +105,25 @@ class Connector(Protocol):
         ...
 
     async def read(
-        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+        self,
+        agent_name: str,
+        local_ids: Sequence[int],
+        remote_ids: Sequence[int],
+        deadline_s: float,
+        span: Span | None = None,
     ) -> None:
-        """Copy a peer's blocks into own blocks; raises as `write`."""
+        """Copy a peer's blocks into own blocks; raises as `write`.
+
+        Args:
+            agent_name: The peer.
+            local_ids: Own blocks.
+            remote_ids: As many blocks of the peer.
+            deadline_s: On the clock the connector was made with.
+            span: The part of each block to copy; None copies all of it.
+
+        Raises:
+            ValueError: also if the span is empty or not inside a block.
+        """
         ...
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:

@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from headrace.clock import Clock
+from headrace.core.block import Span
 from headrace.errors import HeadraceError, PeerFailed
 from headrace.transfer.agent import IdPairs, NixlAgent, Operation, Transport
 from headrace.transfer.arena import Arena
-from headrace.transfer.connector import PoolDescriptor, TransferStats
+from headrace.transfer.connector import PoolDescriptor, TransferStats, check_span
 from headrace.transfer.lane import probe_lane
 from headrace.transfer.quarantine import Quarantine
 from headrace.transfer.thread import MAX_CHUNK_BYTES, AddPeer, Close, RemovePeer, Transfer, TransferThread
@@ -85,10 +86,17 @@ class NixlConnector:
         await self._move(Operation.WRITE, agent_name, (local_ids, remote_ids), deadline_s)
 
     async def read(
-        self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int], deadline_s: float
+        self,
+        agent_name: str,
+        local_ids: Sequence[int],
+        remote_ids: Sequence[int],
+        deadline_s: float,
+        span: Span | None = None,
     ) -> None:
-        """Copy a peer's blocks into own blocks."""
-        await self._move(Operation.READ, agent_name, (local_ids, remote_ids), deadline_s)
+        """Copy a peer's blocks, or a part of each, into own blocks."""
+        if span is not None:
+            check_span(span, self._arena.block_bytes)
+        await self._move(Operation.READ, agent_name, (local_ids, remote_ids), deadline_s, span)
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:
         """Call `call` on the event loop once no transfer touches these own blocks."""
@@ -105,11 +113,14 @@ class NixlConnector:
         await ended
         await asyncio.to_thread(self._thread.join)
 
-    async def _move(self, operation: Operation, agent_name: str, ids: IdPairs, deadline_s: float) -> None:
+    async def _move(
+        self, operation: Operation, agent_name: str, ids: IdPairs, deadline_s: float, span: Span | None = None
+    ) -> None:
         self._check(agent_name, *ids)
         if not ids[0]:
             return
         loop = asyncio.get_running_loop()
+        num_bytes = self._arena.block_bytes if span is None else span.end - span.start
         ended, on_end = _reply()
         token = self._quarantine.enter(ids[0])
 
@@ -121,7 +132,8 @@ class NixlConnector:
             Transfer(
                 operation=operation,
                 peer=agent_name,
-                chunks=_chunks(ids, max(1, MAX_CHUNK_BYTES // self._arena.block_bytes)),
+                chunks=_chunks(ids, max(1, MAX_CHUNK_BYTES // num_bytes)),
+                span=span,
                 deadline_s=deadline_s,
                 on_end=on_end,
                 on_settled=on_settled,
@@ -132,7 +144,7 @@ class NixlConnector:
             self._num_failed += 1
             raise error
         self._num_done += 1
-        self._bytes[operation] += len(ids[0]) * self._arena.block_bytes
+        self._bytes[operation] += len(ids[0]) * num_bytes
 
     def _check(self, agent_name: str, local_ids: Sequence[int], remote_ids: Sequence[int]) -> None:
         if len(local_ids) != len(remote_ids):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from headrace.clock import Clock
+from headrace.core.block import Span
 from headrace.errors import DeadlineExceeded, HeadraceError, InternalError, PeerFailed
 from headrace.transfer.agent import BlockList, IdPairs, NixlAgent, Operation, Request
 from headrace.transfer.connector import PoolDescriptor
@@ -44,6 +45,7 @@ class Transfer:
 
     Attributes:
         chunks: Pairs (own block ids, the peer's block ids) still to post.
+        span: The part of each block that moves; None moves all of it.
         in_flight: Requests posted and not settled.
         is_ended: Whether its end was reported; a transfer that ended and has requests in flight is abandoned.
     """
@@ -54,6 +56,7 @@ class Transfer:
     deadline_s: float
     on_end: Callable[[HeadraceError | None], None]
     on_settled: Callable[[], None]
+    span: Span | None = None
     in_flight: list[Request] = field(default_factory=list)
     is_ended: bool = False
 
@@ -198,7 +201,10 @@ class TransferThread:
     def _post(self, transfer: Transfer, peer: _Peer) -> None:
         chunk = transfer.chunks.popleft()
         try:
-            request = self._agent.make(transfer.operation, transfer.peer, peer.blocks, chunk)
+            if transfer.span is None:
+                request = self._agent.make(transfer.operation, transfer.peer, peer.blocks, chunk)
+            else:
+                request = self._agent.make_part(transfer.operation, peer.pool, chunk, transfer.span)
         except PeerFailed as error:
             self._fail(transfer, error)
             return

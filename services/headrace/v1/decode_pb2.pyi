@@ -113,8 +113,11 @@ class TokenEvents(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECLINED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """Prompt tokens reused from any cache; set on the first message."""
+    declined_tokens: _builtins.int
+    """Prompt tokens that somebody held and that were computed, for that was faster; set with those."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenEvent]:
         """In the order of their cursors."""
@@ -124,10 +127,11 @@ class TokenEvents(_message.Message):
         *,
         events: _abc.Iterable[_generate_pb2.TokenEvent] | None = ...,
         cached_tokens: _builtins.int = ...,
+        declined_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "declined_tokens", b"declined_tokens", "events", b"events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -203,8 +207,11 @@ class FirstToken(_message.Message):
 
     EVENT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECLINED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """Prompt tokens reused by the prefill worker."""
+    declined_tokens: _builtins.int
+    """Prompt tokens that it could have had and computed, for that was faster."""
     @_builtins.property
     def event(self) -> _generate_pb2.TokenEvent:
         """The token."""
@@ -214,10 +221,11 @@ class FirstToken(_message.Message):
         *,
         event: _generate_pb2.TokenEvent | None = ...,
         cached_tokens: _builtins.int = ...,
+        declined_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "event", b"event"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "declined_tokens", b"declined_tokens", "event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+from headrace.core.addresses import check_addresses, check_name
 from headrace.index.config import IndexConfig
 from headrace.index.connection import RedisConfig
 from headrace.index.vllm_publisher import VllmPublisherConfig
@@ -93,6 +94,7 @@ class WorkerConfig:
             start; None takes where the compiled kernels are kept: HEADRACE_CACHE_DIR, else `headrace` in the
             user's cache folder. Several workers share it.
         transfer_deadline_s: Longest time for one transfer of blocks.
+        early_start: Whether a prompt may start with the first layers of its fetched blocks while the others land.
         store_blocks: Whether full blocks are put into the kvstores.
         store_bytes_per_s: Rate of puts while the engine works; None takes an eighth of what the lane gives.
         digest_share: Share of blocks whose bytes are checked when they have been fetched, from 0 to 1.
@@ -102,6 +104,9 @@ class WorkerConfig:
         push_whole: Push KV once after the whole prompt instead of chunk by chunk; the
             baseline of a benchmark.
         exit_with_parent: End when the process that started this one ends.
+
+    Raises:
+        ConfigError: the name is empty, or addresses are none.
     """
 
     name: str
@@ -128,6 +133,7 @@ class WorkerConfig:
     peers: tuple[str, ...] = ()
     cache_dir: Path | None = None
     transfer_deadline_s: float = 10.0
+    early_start: bool = True
     store_blocks: bool = True
     store_bytes_per_s: Annotated[float, Between(1.0)] | None = None
     digest_share: Annotated[float, Between(0.0, 1.0)] = 1 / 16
@@ -136,6 +142,11 @@ class WorkerConfig:
     vllm_events: VllmPublisherConfig = VllmPublisherConfig(endpoint="")
     push_whole: bool = False
     exit_with_parent: bool = False
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check_addresses(self.kvstores, "kvstores")
+        check_addresses(self.peers, "peers")
 
     @property
     def served_name(self) -> str:

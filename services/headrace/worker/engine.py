@@ -84,11 +84,13 @@ class OpenSequence:
     Attributes:
         spec: What was asked for.
         admitted: Its block table and what the local cache held.
+        declined_tokens: That somebody holds and that are computed, for that is faster; noted by who fetches.
     """
 
     def __init__(self, spec: SequenceSpec, engine: "AsyncEngine", events: EventStream) -> None:
         self.spec = spec
         self.admitted: Admitted
+        self.declined_tokens = 0
         self._engine = engine
         self._events = events
         self._is_closed = False

@@ -36,6 +36,7 @@ class ExchangeConfig:
         deadline_s: Longest time for one fetch, and for one put as far as it is not made to wait.
         cost: What steps cost; without it everything that can be fetched is.
         chunk_tokens: Most tokens of a step; None computes a prompt in one.
+        early_start: Whether a prompt may start with the first layers of its fetched blocks.
         stores_blocks: Whether full blocks are put into the kvstores.
         store_bytes_per_s: Rate of puts while the engine works; None takes a share of what the lane gives.
     """
@@ -44,6 +45,7 @@ class ExchangeConfig:
     deadline_s: float
     cost: CostModel | None = None
     chunk_tokens: int | None = None
+    early_start: bool = True
     stores_blocks: bool = True
     store_bytes_per_s: float | None = None
 

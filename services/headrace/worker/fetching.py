@@ -1,8 +1,10 @@
 """Fills a sequence's blocks before it starts: from other workers and kvstores, as far as that is faster."""
 
 import asyncio
+import bisect
 import contextlib
 import dataclasses
+import itertools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from headrace.core.request import SequenceSpec
 from headrace.core.segments import segments
 from headrace.engine.messages import Keep
 from headrace.errors import BlockLost, HeadraceError
+from headrace.worker.early_start import EarlyStart
 from headrace.worker.engine import OpenSequence
 from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts, owner_of
 from headrace.worker.pool_reader import ReadResult, ReadTerms, Wanted
@@ -73,6 +76,7 @@ class Fetcher:
         num_cached, size = sequence.admitted.num_cached_tokens, self._layout.block_tokens
         self.totals.num_local_blocks += num_cached // size
         plan = self._plan(sequence)
+        sequence.declined_tokens = plan.num_declined * size
         if not plan.parts:
             self.totals.fetches.note(plan, 0.0, 0)
             return num_cached
@@ -104,6 +108,7 @@ class Fetcher:
             remaining_s=min(self._config.deadline_s, (spec.deadline_unix_ms - clock.unix_ms()) / 1000),
             waiting_tokens=waiting,
             chunk_tokens=self._config.chunk_tokens,
+            may_layer=self._config.early_start,
         )
         if spec.sources:
             return plan_fetch(prompt, self._config.cost, self._hinted(spec))
@@ -149,9 +154,11 @@ class Fetcher:
             num_landed = await fetch.run()
             self._count(fetch, num_landed, clock.now() - begun_s)
             if fetch.is_settled():
+                fetch.end(num_landed)
                 return num_landed
             return self._lost(fetch, num_landed)
         finally:
+            fetch.end(0)
             # After a deadline late data may still land: only the transport knows when it cannot.
             connector.when_settled(fetch.blocks, lambda: self._parts.engine.release_writer(writer_id))
 
@@ -191,12 +198,16 @@ class _Lane:
     Attributes:
         indices: Places in the chain of the blocks that it is to deliver, in order.
         num_landed: Of them, so far.
+        num_spans: Spans of its layered blocks that have landed.
+        num_there: Blocks that the source has, as far as it has said so.
     """
 
     pool: Pool
     tier: Tier
     indices: list[int]
     num_landed: int = 0
+    num_spans: int = 0
+    num_there: int = 0
     result: ReadResult = ReadResult()
 
 
@@ -221,6 +232,7 @@ class _Fetch:
         self._has_landed = bytearray(len(self.blocks) + 1)
         self._num_landed = 0
         self._gap = self._end
+        self._early = EarlyStart(parts.engine, parts.links.clock, parts.links.caller.layout, sequence, plan)
 
     @property
     def num_leased(self) -> int:
@@ -287,12 +299,19 @@ class _Fetch:
         )
         terms = ReadTerms(
             lease_end_s=self._begun_s + self.plan.limit_s,
+            answer_by_s=self._begun_s + min(self.plan.patience_s, self.plan.limit_s),
             group_blocks=self.plan.group_blocks,
+            num_whole=self._num_whole(lane),
+            spans=self._early.spans,
             may_go_on=lambda: self._may_go_on(lane),
             deadline_s=lambda: self._begun_s + self.plan.lost_after_s(self._num_landed),
             on_landed=lambda num_landed: self._note_landed(lane, num_landed),
+            on_span=lambda num_spans, num_there: self._note_span(lane, num_spans, num_there),
         )
         lane.result = await lane.pool.reader.read(wanted, terms)
+        if lane.result.num_landed < lane.result.num_leased:
+            self._early.end(0)  # What it was reading may still land.
+        self._note_span(lane, len(self._early.spans), lane.result.num_landed)
         # What lies behind a gap is of no use to anybody.
         self._gap = min([self._gap, *lane.indices[lane.result.num_landed :][:1]])
 
@@ -304,6 +323,27 @@ class _Fetch:
     def _note_landed(self, lane: _Lane, num_landed: int) -> None:
         self._note(lane.indices[lane.num_landed : num_landed])
         lane.num_landed = num_landed
+
+    def _num_whole(self, lane: _Lane) -> int | None:
+        """Return how many of a lane's blocks come before the layered ones."""
+        from_index = self.plan.layered_from
+        return None if from_index is None else bisect.bisect_left(lane.indices, from_index)
+
+    def _note_span(self, lane: _Lane, num_spans: int, num_there: int) -> None:
+        """Let the engine compute with the layers that have landed from everybody."""
+        lane.num_spans, lane.num_there = num_spans, num_there
+        num_ready = min(each.num_spans for each in self._lanes)
+        if self.plan.layered_from is None or not num_ready:
+            return
+        there = {index for each in self._lanes for index in each.indices[: each.num_there]}
+        num_blocks = next(count for count in itertools.count() if self.first + count not in there)
+        # A step computes into the blocks behind these: nobody may be reading into them, as behind a gap.
+        if num_blocks == len(there) > 0:
+            self._early.advance(num_ready, num_blocks)
+
+    def end(self, num_landed: int) -> None:
+        """Tell the engine whether what it began to compute with is to be believed."""
+        self._early.end(num_landed)
 
     def _note(self, indices: Sequence[int]) -> None:
         for index in indices:

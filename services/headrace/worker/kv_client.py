@@ -4,32 +4,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.placement import EXACT, Origin
-from headrace.core.wire import layout_to_proto
+from headrace.core.put_facts import PutFacts
+from headrace.core.wire import layout_to_proto, write_facts
 from headrace.errors import BlockLost, HeadraceError
 from headrace.v1 import block_pb2, kvstore_pb2
 from headrace.worker.digests import BlockDigests
 from headrace.worker.pool_link import CONTROL_TIMEOUT_S, PoolLink
 from headrace.worker.pool_reader import PoolReader, ReadTerms, Wanted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PutFacts:
-    """What the store is told of the blocks of a put.
-
-    Attributes:
-        tenant: Whose they are; empty for public ones.
-        num_blocks_before: Blocks before the first one in its chain.
-        segment_key: Hash of the first block of the segment that all of them are in.
-        parent: Hash of the block before the first one; None if that is the chain's first.
-        origin: How their KV came to be.
-    """
-
-    tenant: str = ""
-    num_blocks_before: int = 0
-    segment_key: BlockHash | None = None
-    parent: BlockHash | None = None
-    origin: Origin = EXACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +21,13 @@ class Put:
         hashes: Their names, in order.
         local_ids: As many own blocks.
         facts: What is said of them.
+        digests: Theirs, where they are known; None takes them.
     """
 
     hashes: Sequence[BlockHash]
     local_ids: Sequence[BlockId]
     facts: PutFacts = PutFacts()
+    digests: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +89,12 @@ class KvClient:
             BlockLost: the read did not end in time and may still write into `local_ids`.
         """
         wanted = Wanted(hashes=tuple(hashes), local_ids=tuple(local_ids), tenant=tenant)
-        terms = ReadTerms(lease_end_s=deadline_s, group_blocks=len(wanted.hashes), deadline_s=lambda: deadline_s)
+        terms = ReadTerms(
+            lease_end_s=deadline_s,
+            answer_by_s=deadline_s,
+            group_blocks=len(wanted.hashes),
+            deadline_s=lambda: deadline_s,
+        )
         found = await self.reader.read(wanted, terms)
         if not found.num_landed and not self.link.is_settled(wanted.local_ids):
             raise BlockLost("a read from the kvstore did not end in time and may still write into these blocks")
@@ -143,7 +131,10 @@ class KvClient:
         lease, tenant = reserved.lease, put.facts.tenant
         request = kvstore_pb2.CommitPutRequest(lease_id=lease.lease_id, epoch=lease.epoch, tenant=tenant)
         try:
-            request.digests.extend(await self._digests.take(hashes, local_ids))
+            if put.digests is None:
+                request.digests.extend(await self._digests.take(hashes, local_ids))
+            else:
+                request.digests.extend(put.digests[index] for index in reserved.indices)
             await self._write(lease, local_ids, terms)
         except (HeadraceError, TimeoutError):
             # A revocation says that nothing is written any more. While something may be, the store's clock ends it.
@@ -155,7 +146,7 @@ class KvClient:
         return await self._commit(request)
 
     async def _reserve(self, put: Put, deadline_s: float) -> kvstore_pb2.ReservePutResponse:
-        caller, facts = self.link.parts.caller, put.facts
+        caller = self.link.parts.caller
         request = kvstore_pb2.ReservePutRequest(
             block_hashes=put.hashes,
             layout=layout_to_proto(caller.layout),
@@ -163,24 +154,21 @@ class KvClient:
             writer=caller.name,
             writer_epoch=caller.epoch,
             deadline_unix_ms=self.link.unix_ms(deadline_s),
-            tenant=facts.tenant,
-            num_blocks_before=facts.num_blocks_before,
-            provenance=block_pb2.Provenance.ValueType(facts.origin.provenance),
-            policy_id=facts.origin.policy_id,
-            segment_key=facts.segment_key or put.hashes[0],
-            parent_hash=facts.parent or b"",
         )
+        write_facts(request, put.facts)
         return await self.link.store_stub().ReservePut(request, timeout=CONTROL_TIMEOUT_S)
 
     async def _write(self, lease: block_pb2.BlockLease, local_ids: Sequence[BlockId], terms: PutTerms) -> None:
         agent, parts = await self.link.agent(lease.epoch), self.link.parts
         size = terms.group_blocks or len(local_ids)
+        # The store may have granted less time than was asked for; behind its end the blocks may be another's.
+        deadline_s = min(terms.deadline_s, self.link.own_s(lease.deadline_unix_ms))
         for start in range(0, len(local_ids), size):
             group = local_ids[start : start + size]
             if terms.before_write is not None:
                 await terms.before_write(len(group))
             begun_s = parts.clock.now()
-            await parts.connector.write(agent, group, lease.block_ids[start : start + size], terms.deadline_s)
+            await parts.connector.write(agent, group, lease.block_ids[start : start + size], deadline_s)
             terms.after_write(len(group), parts.clock.now() - begun_s)
 
     async def _commit(self, request: kvstore_pb2.CommitPutRequest) -> int:

@@ -25,6 +25,9 @@ CONTROL_TIMEOUT_S = 1.0
 RETRY_S = 1.0
 """After a failure the process is left alone for this long, so that no request waits for a dead one in turn."""
 
+HASTY_S = 0.1
+"""Who gave up sooner has learnt that the process was slow, which meters of lanes count, and not that it failed."""
+
 LONGEST_RETRY_S = 8.0
 """The pause doubles with every failure up to this; then one call asks for all."""
 
@@ -91,6 +94,7 @@ class PoolLink:
         """Turn every failure into `otherwise`, logged and counted; leave a failed process alone a while."""
         if not self._step_back.may_ask():
             return otherwise
+        begun_s = self.parts.clock.now()
         try:
             async with translate_errors(self.address):
                 result = await work()
@@ -98,7 +102,7 @@ class PoolLink:
             self.num_failures += 1
             code = error.code if isinstance(error, HeadraceError) else "timeout"
             logger.info("pool not used", extra={"what": what, "address": self.address, "error": code})
-            await self._note_failure(error)
+            await self._note_failure(error, self.parts.clock.now() - begun_s)
             return otherwise
         self._step_back.note_answer()
         return result
@@ -127,14 +131,21 @@ class PoolLink:
         clock = self.parts.clock
         return clock.unix_ms() + int((deadline_s - clock.now()) * 1000)
 
+    def own_s(self, unix_ms: int) -> float:
+        """Return a time of the wire on the own clock."""
+        clock = self.parts.clock
+        return clock.now() + (unix_ms - clock.unix_ms()) / 1000
+
     def is_settled(self, local_ids: Sequence[BlockId]) -> bool:
         """Return whether no transfer touches these own blocks."""
         settled: list[bool] = []
         self.parts.connector.when_settled(local_ids, lambda: settled.append(True))
         return bool(settled)
 
-    async def _note_failure(self, error: HeadraceError | TimeoutError) -> None:
+    async def _note_failure(self, error: HeadraceError | TimeoutError, waited_s: float) -> None:
         match error:
+            case DeadlineExceeded() | TimeoutError() if waited_s < HASTY_S:
+                pass
             case Draining() | DeadlineExceeded() | TimeoutError():
                 self._step_back.note_failure()
             case PeerFailed() | NotReady():

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from headrace.core.block import BlockHash, BlockId
+from headrace.core.block import BlockHash, BlockId, Span
 from headrace.errors import HeadraceError
 from headrace.runtime.channels import translate_errors
 from headrace.v1 import block_pb2, pool_pb2
@@ -35,17 +35,25 @@ class ReadTerms:
 
     Attributes:
         lease_end_s: Until when the blocks are wanted, on the own clock.
+        answer_by_s: Until when the owner may take to lend them; what it lends later is not read.
         group_blocks: Most blocks of one READ.
+        num_whole: Leading blocks that are read whole; all others are read span by span. None reads all whole.
+        spans: Parts of a block, together all of it.
         may_go_on: Whether to post another READ.
         deadline_s: When a READ that is posted now is given up.
         on_landed: Hears how many of the blocks, from the first on, have landed and are what their digests say.
+        on_span: Hears how many spans of the layered blocks have landed, and how many blocks were there at all.
     """
 
     lease_end_s: float
+    answer_by_s: float
     group_blocks: int
+    num_whole: int | None = None
+    spans: tuple[Span, ...] = ()
     may_go_on: Callable[[], bool] = lambda: True
     deadline_s: Callable[[], float]
     on_landed: Callable[[int], None] = lambda _: None
+    on_span: Callable[[int, int], None] = lambda _, __: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +94,8 @@ class PoolReader:
     async def read(self, wanted: Wanted, terms: ReadTerms) -> ReadResult:
         """Read the longest prefix of the wanted blocks that is there, as far as the terms let it.
 
-        At most one READ is in flight, so that is all that can be lost. Cancelling it leaves what was posted to its
-        end. After a miss own blocks may still be written to; see `PoolLink.is_settled`.
+        At most one READ is in flight, or those of the layered blocks, so that is all that can be lost. Cancelling it
+        leaves what was posted to its end. After a miss own blocks may still be written to; see `PoolLink.is_settled`.
         """
         reading = _Reading(self.link, self._digests, wanted, terms)
         await self.link.attempt("read", reading.run, None)
@@ -155,28 +163,41 @@ class _Reading:
             deadline_unix_ms=self._link.unix_ms(self._terms.lease_end_s),
             tenant=self._wanted.tenant,
         )
-        timeout_s = min(CONTROL_TIMEOUT_S, max(0.0, self._terms.deadline_s() - self._link.parts.clock.now()))
+        timeout_s = min(CONTROL_TIMEOUT_S, max(0.0, self._terms.answer_by_s - self._link.parts.clock.now()))
         answer = await self._link.pool_stub().AcquireGet(request, timeout=timeout_s)
         self._lease, self._num_from_disk = answer.lease, answer.num_from_disk
         return tuple(answer.digests)
 
     async def _read_groups(self, digests: tuple[int, ...]) -> None:
+        terms, num_blocks = self._terms, len(self._lease.block_ids)
+        whole_end = num_blocks if terms.num_whole is None else min(terms.num_whole, num_blocks)
+        starts = range(0, whole_end, terms.group_blocks)
+        groups = [(start, min(start + terms.group_blocks, whole_end), False) for start in starts]
+        if whole_end < num_blocks:
+            groups.append((whole_end, num_blocks, True))
         agent = await self._link.agent(self._lease.epoch)
-        remote_ids, local_ids = tuple(self._lease.block_ids), self._wanted.local_ids
-        size = self._terms.group_blocks
-        for start in range(0, len(remote_ids), size):
-            if not self._terms.may_go_on():
+        for start, end, is_layered in groups:
+            if not await self._read_group(agent, start, end, is_layered=is_layered):
                 return
-            end = min(start + size, len(remote_ids))
-            await self._link.parts.connector.read(
-                agent, local_ids[start:end], remote_ids[start:end], self._terms.deadline_s()
-            )
-            num_good = await self._digests.num_good(local_ids[start:end], digests[start:end])
+            num_good = await self._digests.num_good(self._wanted.local_ids[start:end], digests[start:end])
             self._num_read += num_good
-            self._terms.on_landed(self._num_read)
+            terms.on_landed(self._num_read)
             if num_good < end - start:
                 self._corrupt = self._wanted.hashes[self._num_read]
                 return
+
+    async def _read_group(self, agent: str, start: int, end: int, *, is_layered: bool) -> bool:
+        """Read blocks whole or span by span; return whether that was begun, for then it is brought to its end."""
+        terms = self._terms
+        if not terms.may_go_on():
+            return False
+        deadline_s = terms.deadline_s()
+        local_ids, remote_ids = self._wanted.local_ids[start:end], tuple(self._lease.block_ids[start:end])
+        for number, span in enumerate(terms.spans if is_layered else (None,), start=1):
+            await self._link.parts.connector.read(agent, local_ids, remote_ids, deadline_s, span)
+            if is_layered:
+                terms.on_span(number, len(self._lease.block_ids))
+        return True
 
     async def _release(self) -> None:
         """End the lease. Its success proves that the blocks were still the named ones when the data had landed."""

@@ -13,15 +13,17 @@ from headrace.core.block import BlockHash
 from headrace.core.fetch_plan import GROUP_BYTES
 from headrace.core.pace import Pace
 from headrace.core.placement import DECODED, EXACT, Tier
+from headrace.core.put_facts import PutFacts
 from headrace.core.segments import segments
 from headrace.errors import HeadraceError
 from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts
-from headrace.worker.kv_client import Put, PutFacts, PutTerms
+from headrace.worker.kv_client import Put, PutTerms
 from headrace.worker.pools import Pools
 
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_CHAINS = 256
+FOREVER_S = float("inf")
 
 LANE_SHARE = 1 / 8
 """Share of the time that puts may keep a lane busy while the engine works: of memory's bandwidth or a core's time,
@@ -101,7 +103,8 @@ class Storer:
         for stretch in _stretches(chain):
             deadline_s = self._clock.now() + self._config.deadline_s + self._longest_wait_s(len(stretch.hashes))
             lease_id = "store-" + secrets.token_hex(8)
-            blocks = await self._engine.pin(lease_id, stretch.hashes, deadline_s)
+            # Without an end by the clock: what ends it is the transport, which may be done later than the deadline.
+            blocks = await self._engine.pin(lease_id, stretch.hashes, FOREVER_S)
             try:
                 if blocks:
                     put = Put(hashes=stretch.hashes[: len(blocks)], local_ids=blocks, facts=stretch.facts)

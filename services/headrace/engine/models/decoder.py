@@ -24,7 +24,7 @@ _ACTIVATIONS = {Activation.SILU: gated_activation.SILU, Activation.GELU: gated_a
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepInputs:
-    """Tensors of one step, on the model's device.
+    """Tensors of one step, on the model's device, and whether they are there yet.
 
     Attributes:
         token_ids: `[tokens]`, long.
@@ -32,6 +32,7 @@ class StepInputs:
         write: Where the KV of each token goes.
         attend: Which KV each token reads.
         sample_rows: `[samples]`, long, rows whose logits are wanted.
+        await_layer: Called with the number of each layer in front of it, if KV that it reads still lands.
     """
 
     token_ids: torch.Tensor
@@ -39,6 +40,7 @@ class StepInputs:
     write: write_kv.WritePlan
     attend: attend.AttendPlan
     sample_rows: torch.Tensor
+    await_layer: Callable[[int], None] | None = None
 
 
 class Decoder:
@@ -68,7 +70,10 @@ class Decoder:
         rotations = [write_kv.rotation_at(step.positions, frequencies) for frequencies in self._frequencies]
         residual = self._embed(step.token_ids)
         normed = self._first_norm(residual)
-        for block, kv_view, rope in zip(self._blocks, arena.unbind(1), self._rope_of_layer, strict=True):
+        layers = zip(self._blocks, arena.unbind(1), self._rope_of_layer, strict=True)
+        for layer, (block, kv_view, rope) in enumerate(layers):
+            if step.await_layer is not None:
+                step.await_layer(layer)
             use_threads(threads)
             normed, residual = block(normed, residual, step, rotations[rope], kv_view)
         use_threads(threads)

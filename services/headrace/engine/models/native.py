@@ -1,6 +1,6 @@
 """The decoder on a CPU, run by the C++ kernels: fp32 activations over quantised or bf16 weights, bf16 KV."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -66,6 +66,8 @@ class NativeDecoder:
         self._program = builder.build()
         self._operations = self._program.operations()
         layers_at_once = -(-len(spec.layers) // ASKS)
+        self._layer_ends = builder.layer_ends
+        self._layer_of_start = {start: layer for layer, start in enumerate([0, *builder.layer_ends[:-2]])}
         self._part_ends = [*builder.layer_ends[layers_at_once - 1 : -1 : layers_at_once], len(self._program)]
         ropes = builder.ropes
         self._frequencies = torch.stack([rope.inverse_frequencies(spec.head_dim) for rope in ropes])
@@ -83,12 +85,19 @@ class NativeDecoder:
         described = self._describe(step, arena, logits)
         self._machine.begin(described, share(), self._spec.num_heads, self._spec.num_kv_heads)
         begin = 0
-        is_short = step.token_ids.shape[0] <= SHORT_STEP
-        for end in self._part_ends if is_short else range(1, len(self._program) + 1):
+        for end in self._ends(step):
+            if step.await_layer is not None and begin in self._layer_of_start:
+                step.await_layer(self._layer_of_start[begin])
             self._machine.run(self._operations, begin, end - begin, described, share())
             begin = end
         cap = self._spec.logit_soft_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _ends(self, step: StepInputs) -> Iterable[int]:
+        """Return behind which operations a step stops to ask."""
+        if step.token_ids.shape[0] > SHORT_STEP:
+            return range(1, len(self._program) + 1)
+        return self._part_ends if step.await_layer is None else self._layer_ends
 
     def _describe(self, step: StepInputs, arena: torch.Tensor, logits: torch.Tensor) -> abi.Step:
         rows = step.token_ids.shape[0]
