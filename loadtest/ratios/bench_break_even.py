@@ -123,7 +123,7 @@ class Bench:
             self._fetch(self._cast.planner, fresh_tokens(10_000 + 100 * seed + number, int(self._target * times)))
 
         def is_fetched(length: int) -> bool:
-            return self._fetch(self._cast.planner, fresh_tokens(20_000 + 100 * seed + length, length))[1] > 0
+            return self._fetch(self._cast.planner, fresh_tokens(100_000 * seed + length, length))[1] > 0
 
         return break_even(is_fetched, self._target)
 

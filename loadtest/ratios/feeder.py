@@ -71,6 +71,8 @@ class Feeder:
         for start in range(0, len(hashes), NUM_BLOCKS):
             batch = hashes[start : start + NUM_BLOCKS]
             put = await client.reserve(batch, num_blocks_before=start)
+            if not put.indices:
+                continue  # all are stored
             named = [batch[index] for index in put.indices]
             await client.write(put.lease, range(len(named)))
             digests = [self._digest if is_sampled(name, DIGEST_SHARE) else 0 for name in named]

@@ -142,7 +142,16 @@ class Worker(Service):
         return self
 
     def ask(self, prompt: Sequence[int], sources: Sequence[CachedPrefix] = ()) -> Answer:
-        """Return how long the first token of a prompt takes."""
+        """Return how long the first token of a prompt takes; asks again when its blocks are lost, as routers do."""
+        begun_s = time.perf_counter()
+        while True:
+            try:
+                return self._ask(prompt, sources, begun_s)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.ABORTED:
+                    raise
+
+    def _ask(self, prompt: Sequence[int], sources: Sequence[CachedPrefix], begun_s: float) -> Answer:
         spec = SequenceSpec(
             sequence_id=SequenceId(uuid.uuid4().hex),
             model=self._model,
@@ -153,7 +162,6 @@ class Worker(Service):
         )
         request = decode_pb2.DecodeRequest(sequence=spec_to_proto(spec), mode=decode_pb2.PREFILL_MODE_LOCAL)
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel)
-        begun_s = time.perf_counter()
         stream = stub.Decode(request, timeout=REQUEST_S)
         first = next(iter(stream))
         took_s = time.perf_counter() - begun_s

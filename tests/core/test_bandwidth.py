@@ -144,6 +144,35 @@ def test_a_lane_that_only_hangs_is_soon_left_alone():
     assert meter.seconds(16 * MIB, 3.0) > 20 * PRIOR.seconds(16 * MIB)
 
 
+@pytest.mark.parametrize("factor", [0.5, 10.0])
+def test_a_transfer_that_ends_after_it_was_given_up_tells_what_the_lane_takes(factor):
+    lane = LaneSpeed(latency_s=factor * 0.2, byte_s=factor * 10e-9)
+    meter = LaneMeter(PRIOR)
+    meter.note(64 * MIB, 1.0, 0.0, is_whole=False)
+    assert meter.seconds(16 * MIB, 0.1) > 3.0 / 4
+    meter.note_late(16 * MIB, lane.seconds(16 * MIB), 0.2)
+    assert meter.seconds(16 * MIB, 0.2) == pytest.approx(lane.seconds(16 * MIB), rel=0.01)
+
+
+def test_a_late_end_leaves_what_was_measured_since_the_transfer_was_given_up():
+    meter, now_s = metered(PRIOR)
+    meter.note(16 * MIB, 1.0, now_s, is_whole=False)
+    for size in SIZES:
+        meter.note(size, PRIOR.seconds(size), now_s)
+    known_s = meter.seconds(16 * MIB, now_s)
+    meter.note_late(16 * MIB, PRIOR.seconds(16 * MIB), now_s)
+    assert PRIOR.seconds(16 * MIB) < meter.seconds(16 * MIB, now_s) < known_s
+
+
+def test_a_try_in_vain_that_ends_late_is_one_try():
+    meter, now_s = metered(LaneSpeed(latency_s=1.0, byte_s=100e-9))
+    now_s += RETRY_S
+    meter.note(16 * MIB, 0.1, now_s, is_whole=False)
+    meter.note_late(16 * MIB, 2.0, now_s + 1.0)
+    assert meter.seconds(16 * MIB, now_s + 0.9 * 2 * RETRY_S) > 1.0
+    assert meter.seconds(16 * MIB, now_s + 1.1 * 2 * RETRY_S) == PRIOR.seconds(16 * MIB)
+
+
 def test_a_transfer_without_bytes_or_time_tells_nothing():
     meter = LaneMeter(PRIOR)
     meter.note(0, 5.0, 0.0)
@@ -153,7 +182,9 @@ def test_a_transfer_without_bytes_or_time_tells_nothing():
 
 @given(
     st.lists(
-        st.tuples(st.integers(1, 1 << 34), st.floats(1e-6, 1e4), st.floats(0.0, 1e5), st.booleans()),
+        st.tuples(
+            st.integers(1, 1 << 34), st.floats(1e-6, 1e4), st.floats(0.0, 1e5), st.sampled_from([True, False, None])
+        ),
         min_size=1,
         max_size=30,
     )
@@ -162,7 +193,10 @@ def test_whatever_is_measured_seconds_are_positive_and_grow_with_bytes(transfers
     meter, now_s = LaneMeter(PRIOR), 0.0
     for num_bytes, seconds, pause_s, is_whole in transfers:
         now_s += pause_s
-        meter.note(num_bytes, seconds, now_s, is_whole=is_whole)
+        if is_whole is None:
+            meter.note_late(num_bytes, seconds, now_s)
+        else:
+            meter.note(num_bytes, seconds, now_s, is_whole=is_whole)
         speed = meter.speed(now_s + pause_s)
         assert speed.latency_s > 0
         assert speed.byte_s > 0

@@ -14,6 +14,7 @@ from headrace.core.request import CachedPrefix
 from headrace.engine.messages import Goal, Sampled
 from headrace.errors import BlockLost
 from headrace.testing.fleet import BLOCK_TOKENS, open_fleet
+from headrace.worker import pool_link
 from headrace.worker.config import WorkerRole
 
 NUM_BLOCKS = 5
@@ -239,6 +240,23 @@ async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed
     assert desk.reader.engine.stats().cached_blocks == 2
     assert (await desk.fetch())[0] == 2 * BLOCK_TOKENS
     assert desk.reuse().local_tokens == 2 * BLOCK_TOKENS
+
+
+async def test_a_lane_whose_read_was_given_up_is_known_once_that_has_ended(stack, opened, monkeypatch):
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
+    monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
+    monkeypatch.setattr(pool_link, "HASTY_S", math.inf)
+    num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
+    meter = desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
+    staller = Staller(desk, 1)
+    with pytest.raises(BlockLost):
+        await desk.fetch(desk.hint())
+    guessed_s = meter.seconds(num_bytes, desk.fleet.clock.now())
+    assert guessed_s > NUM_BLOCKS * BLOCK_TOKENS * 0.01
+    staller.end()
+    await desk.fleet.at_rest("h1")
+    assert meter.seconds(num_bytes, desk.fleet.clock.now()) < guessed_s / 3
+    assert (await desk.fetch(desk.hint()))[0] == NUM_BLOCKS * BLOCK_TOKENS
 
 
 async def test_a_request_that_leaves_during_a_fetch_leaves_no_further_reads_and_no_blocks(stack, opened, monkeypatch):

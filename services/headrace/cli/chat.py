@@ -1,16 +1,17 @@
 """The command `headrace chat`."""
 
+import asyncio
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.cli.connect import Address, MaxTokens, RunDir, Seed, Temperature, connect, show
+from headrace.cli.connect import Address, MaxTokens, RunDir, Seed, Temperature, connect_async, show
 from headrace.errors import HeadraceError
 
 if TYPE_CHECKING:
-    from headrace import Client, GenerateOptions, Message
+    from headrace import AsyncClient, GenerateOptions, Message
 
 
 def chat(  # noqa: PLR0913 - one parameter is one option of the command
@@ -24,12 +25,17 @@ def chat(  # noqa: PLR0913 - one parameter is one option of the command
 ) -> None:
     """Talk with the model; Ctrl-C stops an answer, Ctrl-D leaves."""
     options: GenerateOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    with connect(address, run_dir) as client:
+    # An event loop cancels what runs on Ctrl-C; an exception out of the midst of gRPC could leave a lock of its held.
+    with asyncio.Runner() as runner:
+        client = runner.run(connect_async(address, run_dir))
         conversation = Conversation(client, system, options)
-        if once is not None:
-            conversation.say(once)
-        else:
-            _converse(conversation)
+        try:
+            if once is not None:
+                runner.run(conversation.say(once))
+            else:
+                _converse(runner, conversation)
+        finally:
+            runner.run(client.close())
 
 
 class Conversation:
@@ -41,31 +47,31 @@ class Conversation:
         options: Used for every answer.
     """
 
-    def __init__(self, client: "Client", system: str | None, options: "GenerateOptions") -> None:
+    def __init__(self, client: "AsyncClient", system: str | None, options: "GenerateOptions") -> None:
         self._client = client
         self._options = options
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
-    def say(self, text: str) -> None:
+    async def say(self, text: str) -> None:
         """Send a message and print the answer.
 
         A message that got no answer is forgotten, so that the chat stays what the model has seen.
 
         Raises:
             HeadraceError: the call failed.
-            KeyboardInterrupt: the answer was stopped; the work in the cluster is, too.
+            CancelledError: the answer was stopped; the work in the cluster is, too.
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            with self._client.stream_chat(self.messages, **self._options) as stream:
-                answer = show(stream)
+            async with self._client.stream_chat(self.messages, **self._options) as stream:
+                answer = await show(stream)
         except BaseException:
             self.messages.pop()
             raise
         self.messages.append({"role": "assistant", "content": answer.text})
 
 
-def _converse(conversation: Conversation) -> None:
+def _converse(runner: asyncio.Runner, conversation: Conversation) -> None:
     # A shell that starts commands in the background has them ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
@@ -74,7 +80,7 @@ def _converse(conversation: Conversation) -> None:
             if line is None:
                 return
             if line.strip():
-                conversation.say(line)
+                runner.run(conversation.say(line))
         except KeyboardInterrupt:
             typer.secho("\n[stopped; Ctrl-D leaves]", err=True, dim=True)
         except HeadraceError as error:

@@ -1,11 +1,12 @@
 """The command `headrace complete`."""
 
+import asyncio
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headrace.cli.connect import Address, MaxTokens, RunDir, Seed, Temperature, connect, show
+from headrace.cli.connect import Address, MaxTokens, RunDir, Seed, Temperature, connect_async, show
 
 if TYPE_CHECKING:
     from headrace import GenerateOptions
@@ -23,5 +24,9 @@ def complete(  # noqa: PLR0913 - one parameter is one option of the command
     """Go on from a text, without a chat template."""
     text = sys.stdin.read() if prompt == "-" else prompt
     options: GenerateOptions = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop}
-    with connect(address, run_dir) as client, client.stream(text, **options) as stream:
-        show(stream)
+
+    async def run() -> None:
+        async with await connect_async(address, run_dir) as client, client.stream(text, **options) as stream:
+            await show(stream)
+
+    asyncio.run(run())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from headrace import Answer, Client, Stream
+    from headrace import Answer, AsyncClient, AsyncStream, Client
 
 Address = Annotated[
     str | None,
@@ -26,11 +26,18 @@ _CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\N{REPLACEME
 
 def connect(address: str | None, run_dir: Path | None) -> "Client":
     """Return a client of the router at `address`, else of the cluster that runs on this machine."""
-    # The C library reports every connection that a server closes; a command's stderr is for people.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _be_quiet()
     from headrace import Client
 
     return Client(router_address(address, run_dir))
+
+
+async def connect_async(address: str | None, run_dir: Path | None) -> "AsyncClient":
+    """Return a client of the same router for the running event loop, which ends a call on Ctrl-C."""
+    _be_quiet()
+    from headrace import AsyncClient
+
+    return AsyncClient(router_address(address, run_dir))
 
 
 def router_address(given: str | None, run_dir: Path | None) -> str:
@@ -38,15 +45,20 @@ def router_address(given: str | None, run_dir: Path | None) -> str:
     return given or _running(run_dir) or "127.0.0.1:50051"
 
 
-def show(stream: "Stream") -> "Answer":
+async def show(stream: "AsyncStream") -> "Answer":
     """Print an answer as it arrives, then its times on stderr."""
     is_terminal = os.isatty(1)
-    for piece in stream:
+    async for piece in stream:
         typer.echo(piece.text.translate(_CONTROL) if is_terminal else piece.text, nl=False)
     typer.echo()
-    answer = stream.answer()
+    answer = await stream.answer()
     typer.secho(_times(answer), err=True, dim=True)
     return answer
+
+
+def _be_quiet() -> None:
+    # The C library reports every connection that a server closes; a command's stderr is for people.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def _times(answer: "Answer") -> str:

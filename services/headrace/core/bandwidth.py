@@ -1,6 +1,6 @@
 """What a transfer over a lane takes, learnt from those that were measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.core.placement import Tier
 
@@ -101,6 +101,7 @@ class LaneMeter:
         self._tried_s = 0.0
         self._was_slow = False
         self._retry_s = RETRY_S
+        self._before_guess: tuple[_Sums, LaneSpeed | None, float, bool, float] | None = None
 
     def note_try(self, now_s: float) -> None:
         """A transfer begins: until it is measured, nobody else tries a lane that was slow."""
@@ -119,6 +120,8 @@ class LaneMeter:
         """
         if num_bytes <= 0 or seconds <= 0:
             return
+        before = replace(self._sums), self._fitted, self._sampled_s, self._was_slow, self._retry_s
+        self._before_guess = None if is_whole else before
         if self._is_doubtful(num_bytes) and now_s - self._sampled_s >= self._retry_s:
             self._retry_s = min(LONGEST_RETRY_S, 2 * self._retry_s)
         seconds = self._without_accident(num_bytes, seconds if is_whole else self._guess(num_bytes, seconds))
@@ -130,6 +133,12 @@ class LaneMeter:
         self._sums.add(num_bytes, seconds, 1.0 / (typical_s * typical_s))
         self._sampled_s = self._tried_s = now_s
         self._fitted = self._fit()
+
+    def note_late(self, num_bytes: int, seconds: float, now_s: float) -> None:
+        """Count the last transfer that had been given up: it has ended after all, and its guess is forgotten."""
+        if self._before_guess is not None:
+            self._sums, self._fitted, self._sampled_s, self._was_slow, self._retry_s = self._before_guess
+        self.note(num_bytes, seconds, now_s)
 
     def speed(self, now_s: float) -> LaneSpeed:
         """Return what to count on now."""

@@ -33,9 +33,13 @@ class FaultyLane:
     async def cut(self) -> None:
         """Drop every connection and refuse new ones."""
         self._moving.set()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        server, self._server = self._server, None
+        if server is not None:
+            # A server that is closed between a connection and its transport never closes that one (CPython 3.11).
+            for listener in server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await asyncio.sleep(0)
+            server.close()
         for pump in tuple(self._pumps):
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)

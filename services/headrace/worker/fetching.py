@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from headrace.core.bandwidth import LaneMeter
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.fetch_plan import FetchPlan, FetchTotals, Prompt, Source, plan_fetch
 from headrace.core.placement import Tier
@@ -280,6 +281,18 @@ class _Fetch:
             else:
                 seconds = max(found.seconds, self.plan.predicted_recompute_s or 0.0)
                 meter.note(len(lane.indices) * block_bytes, seconds, now_s, is_whole=False)
+                self._measure_late(lane, meter, now_s - found.seconds)
+
+    def _measure_late(self, lane: _Lane, meter: LaneMeter, begun_s: float) -> None:
+        """Measure a READ that was given up when it ends: a lane may be slow and yet faster than computing."""
+        clock, num_bytes = self._links.clock, lane.result.num_late_bytes
+
+        def measure() -> None:
+            now_s = clock.now()
+            meter.note_late(num_bytes, now_s - begun_s, now_s)
+
+        if num_bytes:
+            self._links.connector.when_settled(self._own(lane), measure)
 
     def _split(self, pools: Pools) -> list[_Lane]:
         """Gather the parts of each source: it is asked once for all of them."""
@@ -294,7 +307,7 @@ class _Fetch:
         lane.pool.meter(lane.tier).note_try(self._links.clock.now())
         wanted = Wanted(
             hashes=_at(self._hashes, lane.indices),
-            local_ids=_at(self.blocks, [index - self.first for index in lane.indices]),
+            local_ids=self._own(lane),
             tenant=owner_of(self.spec),
         )
         terms = ReadTerms(
@@ -323,6 +336,10 @@ class _Fetch:
     def _note_landed(self, lane: _Lane, num_landed: int) -> None:
         self._note(lane.indices[lane.num_landed : num_landed])
         lane.num_landed = num_landed
+
+    def _own(self, lane: _Lane) -> tuple[BlockId, ...]:
+        """Return the own blocks that a lane fills."""
+        return _at(self.blocks, [index - self.first for index in lane.indices])
 
     def _num_whole(self, lane: _Lane) -> int | None:
         """Return how many of a lane's blocks come before the layered ones."""

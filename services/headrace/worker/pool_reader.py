@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headrace.core.block import BlockHash, BlockId, Span
-from headrace.errors import HeadraceError
+from headrace.errors import DeadlineExceeded, HeadraceError
 from headrace.runtime.channels import translate_errors
 from headrace.v1 import block_pb2, pool_pb2
 from headrace.worker.digests import BlockDigests
@@ -65,6 +65,7 @@ class ReadResult:
         num_leased: Leading blocks that were there.
         num_from_disk: Of them, read from disk for this.
         is_measured: Whether it says how fast the lane is: not if the owner had none of the blocks or was not asked.
+        num_late_bytes: Of a READ that was given up and goes on, and of those before it; 0 if all have ended.
         epoch: Lifetime of the owner; empty if it lent nothing.
         seconds: From the first call to the last, without connecting.
         corrupt: A block whose bytes differed from its digest.
@@ -74,6 +75,7 @@ class ReadResult:
     num_leased: int = 0
     num_from_disk: int = 0
     is_measured: bool = False
+    num_late_bytes: int = 0
     epoch: str = ""
     seconds: float = 0.0
     corrupt: BlockHash | None = None
@@ -128,6 +130,7 @@ class _Reading:
         self._corrupt: BlockHash | None = None
         self._is_measured = False
         self._is_believed = False
+        self._num_late_bytes = 0
 
     def result(self) -> ReadResult:
         return ReadResult(
@@ -135,6 +138,7 @@ class _Reading:
             num_leased=len(self._lease.block_ids),
             num_from_disk=self._num_from_disk,
             is_measured=self._is_measured,
+            num_late_bytes=self._num_late_bytes,
             epoch=self._lease.epoch,
             seconds=self._link.parts.clock.now() - self._begun_s,
             corrupt=self._corrupt,
@@ -193,8 +197,13 @@ class _Reading:
             return False
         deadline_s = terms.deadline_s()
         local_ids, remote_ids = self._wanted.local_ids[start:end], tuple(self._lease.block_ids[start:end])
+        block_bytes = self._link.parts.caller.layout.block_bytes
         for number, span in enumerate(terms.spans if is_layered else (None,), start=1):
-            await self._link.parts.connector.read(agent, local_ids, remote_ids, deadline_s, span)
+            try:
+                await self._link.parts.connector.read(agent, local_ids, remote_ids, deadline_s, span)
+            except DeadlineExceeded:
+                self._num_late_bytes = start * block_bytes + (end - start) * (span.end if span else block_bytes)
+                raise
             if is_layered:
                 terms.on_span(number, len(self._lease.block_ids))
         return True
