@@ -22,14 +22,11 @@ import numpy as np
 from feeder import Feeder
 from harness import Ratio, compare, report
 from measure import fresh_tokens
-from stage import Stage, Worker
+from stage import PACED, Stage, Worker
 
 from headrace.core.bandwidth import LaneSpeed
 from headrace.core.cost import CostModel
-from headrace.core.placement import Tier
-from headrace.core.request import CachedPrefix
 
-PACED = Path(__file__).with_name("paced_worker.py")
 STORE_BYTES = 2 << 30
 WORKER_BYTES = 256 << 20
 CHUNK_TOKENS = 512
@@ -129,11 +126,7 @@ class Bench:
 
     def _fetch(self, worker: Worker, prompt: list[int]) -> tuple[float, int]:
         """Return the seconds to the first token of a prompt that the store holds, and its fetched tokens."""
-        hashes = worker.hashes(prompt[:-1])
-        self._feeder.put(self._store, hashes)
-        held = CachedPrefix(location="store", address=self._store.address, tier=Tier.DRAM, start=0, end=len(hashes))
-        answer = worker.ask(prompt, (held,))
-        worker.settle()
+        answer = self._feeder.hit(worker, self._store, prompt, len(prompt) - 1)
         return answer.seconds, answer.num_cached
 
 

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Sequence
 from types import TracebackType
 
-from stage import Service, Worker
+from stage import Answer, Service, Worker
 
 from headrace.clock import WallClock
 from headrace.core.block import BlockHash
 from headrace.core.digest import block_digest, is_sampled
+from headrace.core.placement import Tier
+from headrace.core.request import CachedPrefix
 from headrace.runtime.channels import Channels
 from headrace.testing.kvstore import StoreClient
 from headrace.transfer.agent import Transport
@@ -59,6 +61,15 @@ class Feeder:
             RuntimeError: the store has not taken all of them.
         """
         self._runner.run(self._put(self._client(store.address), hashes))
+
+    def hit(self, worker: Worker, store: Service, prompt: Sequence[int], num_held: int) -> Answer:
+        """Ask a worker for a prompt of which the store holds so many leading tokens; the worker then comes to rest."""
+        hashes = worker.hashes(prompt[:num_held])
+        self.put(store, hashes)
+        held = CachedPrefix(location="store", address=store.address, tier=Tier.DRAM, start=0, end=len(hashes))
+        answer = worker.ask(prompt, (held,))
+        worker.settle()
+        return answer
 
     def forget(self, store: Service) -> None:
         """Meet a store anew: it was restarted."""

@@ -30,6 +30,8 @@ LOAD_S = 5.0
 QUIET_S = 0.15
 """A worker that has stored nothing new for as long stores nothing any more."""
 SERVE = ("-m", "headrace.cli.serve")
+PACED = Path(__file__).with_name("paced_worker.py")
+"""A worker with slow lanes; takes latency and time per byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

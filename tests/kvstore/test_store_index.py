@@ -1,11 +1,13 @@
 """The kvstore as a location of the shared index, over a real Redis-compatible server."""
 
+import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
 
 from headrace.core.placement import Tier
 from headrace.kvstore import canary, member
+from headrace.kvstore.disk import DiskTier
 from headrace.testing.index_log import until
 from headrace.testing.indexed_store import block_name
 from headrace.v1 import index_pb2, pool_pb2
@@ -40,7 +42,10 @@ def num_written(store):
     return 0 if disk is None else disk.totals.num_written_blocks
 
 
-async def test_a_block_found_wrong_while_a_store_was_down_is_not_on_its_disk_when_it_is_back(serve, tmp_path):
+@pytest.mark.parametrize("is_disk_late", [False, True])
+async def test_a_block_found_wrong_while_a_store_was_down_is_not_on_its_disk_when_it_is_back(
+    serve, tmp_path, monkeypatch, is_disk_late
+):
     disk = {"disk_dir": tmp_path / "disk", "disk_bytes": 1 << 20}
     async with serve("a") as first:
         await first.put(1)
@@ -49,7 +54,21 @@ async def test_a_block_found_wrong_while_a_store_was_down_is_not_on_its_disk_whe
             await until(lambda: num_written(second) == 2)
         await first.client.pool.ReportCorrupt(pool_pb2.ReportCorruptRequest(block_hash=block_name(1), reader="r"))
         await first.until_match([1], {})
+        may_open = asyncio.Event()
+        open_disk = DiskTier.open
+
+        async def open_late(tier):
+            await may_open.wait()
+            return await open_disk(tier)
+
+        monkeypatch.setattr(DiskTier, "open", open_late)
+        if not is_disk_late:
+            may_open.set()
         async with serve("b", **disk) as back:
+            # By then the copy of the index has been told of all that was quarantined.
+            await first.put(3)
+            await back.until_match([3], {"a": [(Tier.DRAM, 1)]})
+            may_open.set()
             await back.until_match([2], {"b": [(Tier.DISK, 1)]})
             await back.until_match([1], {})
             assert back.parts.actor.view().totals.num_quarantined_blocks == 1
