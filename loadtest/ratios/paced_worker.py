@@ -38,16 +38,19 @@ class PacedConnector(NixlConnector):
         remote_ids: Sequence[int],
         deadline_s: float,
         span: Span | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         """Copy a peer's blocks, and wait as long as a slow lane would take for as many bytes."""
         async with self._turn:
             await asyncio.sleep(self._ends_s - time.monotonic())
             begun_s, before = time.monotonic(), self.stats().read_bytes
-            await super().read(agent_name, local_ids, remote_ids, deadline_s, span)
+            await super().read(agent_name, local_ids, remote_ids, deadline_s, span, on_late)
             first_s = self.latency_s if begun_s - self._ends_s > IDLE_S else 0.0
             self._ends_s = begun_s + first_s + self.byte_s * (self.stats().read_bytes - before)
             await asyncio.sleep(min(self._ends_s, deadline_s) - time.monotonic())
         if deadline_s < self._ends_s:
+            if on_late is not None:
+                asyncio.get_running_loop().call_later(self._ends_s - time.monotonic(), on_late)
             raise DeadlineExceeded("the slow lane is not done")
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:

@@ -264,20 +264,36 @@ async def test_a_killed_peer_fails_its_transfers_within_a_second_and_no_others(b
 
 async def test_a_stalled_peer_costs_the_deadline_and_its_blocks_until_it_moves_again(bench):
     peer = await bench.peer()
-    name, settled = peer.pool.agent_name, []
+    name, settled, late = peer.pool.agent_name, [], []
     # Where blocks are moved by memory access alone, only wiring up needs the peer: this is the first transfer.
     async with stalled(peer):
         begun_s = time.monotonic()
         with pytest.raises(DeadlineExceeded):
-            await bench.connector.read(name, [4, 5], [0, 1], CLOCK.now() + 0.2)
+            await bench.connector.read(name, [4, 5], [0, 1], CLOCK.now() + 0.2, on_late=lambda: late.append(True))
         assert 0.2 <= time.monotonic() - begun_s < 1.0
         bench.connector.when_settled([5, 6], lambda: settled.append("touched"))
         bench.connector.when_settled([6, 7], lambda: settled.append("untouched"))
         assert settled == ["untouched"]
         assert bench.connector.stats().num_inflight == 1
+        assert late == []
     await until(lambda: settled == ["untouched", "touched"])
+    await until(lambda: late == [True])
     assert bench.connector.stats().num_inflight == 0
-    await bench.connector.read(name, [4, 5], [0, 1], soon())
+    await bench.connector.read(name, [4, 5], [0, 1], soon(), on_late=lambda: late.append(False))
+    assert late == [True]
+
+
+async def test_a_read_from_a_peer_that_dies_while_it_is_stalled_does_not_land_late(bench):
+    peer = await bench.peer()
+    late = []
+    peer.stall()
+    with pytest.raises(DeadlineExceeded):
+        await bench.connector.read(peer.pool.agent_name, [4], [0], CLOCK.now() + 0.1, on_late=lambda: late.append(True))
+    settled = asyncio.Event()
+    bench.connector.when_settled([4], settled.set)
+    peer.kill()
+    await asyncio.wait_for(settled.wait(), 2.0)
+    assert late == []
 
 
 async def test_a_peer_that_dies_while_it_is_stalled_settles_its_transfers(bench):

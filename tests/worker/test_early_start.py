@@ -36,11 +36,11 @@ class Desk:
         fleet.on_tick = self.ticks.append
         monkeypatch.setattr(self.reader.connector, "read", self._tapped)
 
-    async def _tapped(self, agent, local_ids, remote_ids, deadline_s, span=None):
+    async def _tapped(self, agent, local_ids, remote_ids, deadline_s, span=None, on_late=None):
         self.spans.append(span)
         if self.before_read is not None:
             await self.before_read(len(self.spans))
-        await self._read(agent, local_ids, remote_ids, deadline_s, span)
+        await self._read(agent, local_ids, remote_ids, deadline_s, span, on_late)
 
     def spec(self, *sources, max_tokens=6):
         return dataclasses.replace(self.fleet.spec(PROMPT, max_tokens=max_tokens), sources=sources)

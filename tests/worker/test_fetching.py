@@ -8,6 +8,7 @@ import math
 import pytest
 
 from headrace.core import fetch_plan
+from headrace.core.bandwidth import LaneMeter
 from headrace.core.cost import CostModel
 from headrace.core.placement import Tier
 from headrace.core.request import CachedPrefix
@@ -68,11 +69,13 @@ class Desk:
 
 @pytest.fixture
 def opened(tmp_path):
-    async def open_desk(stack, **shape):
-        roles = {"h0": WorkerRole.HYBRID, "h1": WorkerRole.HYBRID}
+    async def open_desk(stack, num_owners=1, **shape):
+        roles = {f"h{number}": WorkerRole.HYBRID for number in range(num_owners + 1)}
         fleet = await stack.enter_async_context(open_fleet(tmp_path, roles, **shape))
         desk = Desk(fleet)
-        await desk.compute(desk.owner)
+        for name in roles:
+            if name != "h1":
+                await desk.compute(fleet.workers[name])
         return desk
 
     return open_desk
@@ -256,6 +259,85 @@ async def test_a_lane_whose_read_was_given_up_is_known_once_that_has_ended(stack
     staller.end()
     await desk.fleet.at_rest("h1")
     assert meter.seconds(num_bytes, desk.fleet.clock.now()) < guessed_s / 3
+    assert (await desk.fetch(desk.hint()))[0] == NUM_BLOCKS * BLOCK_TOKENS
+
+
+async def test_a_read_that_was_given_up_and_never_lands_tells_nothing_of_the_lane(stack, opened, monkeypatch):
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
+    monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
+    num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
+    meter = desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
+    Staller(desk, 1)
+    with pytest.raises(BlockLost):
+        await desk.fetch(desk.hint())
+    guessed_s = meter.seconds(num_bytes, desk.fleet.clock.now())
+    desk.fleet.fabric.kill(desk.owner.epoch)
+    await desk.fleet.at_rest("h1")
+    assert meter.seconds(num_bytes, desk.fleet.clock.now()) == guessed_s
+
+
+@pytest.mark.parametrize("ends_first", [False, True], ids=["after the other", "before the other"])
+async def test_a_late_read_is_measured_from_its_own_begin_to_its_own_end(stack, opened, monkeypatch, ends_first):
+    desk = await opened(stack, num_owners=2, cost=dataclasses.replace(SLOW, token_s=0.05))
+    monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
+    late, other = desk.owner, desk.fleet.workers["h2"]
+    is_stalled, is_other_done, told = asyncio.Event(), asyncio.Event(), {}
+    read, note = desk.reader.connector.read, LaneMeter.note
+
+    def listen(meter, num_bytes, seconds, now_s, *, is_whole=True):
+        if is_whole:
+            told[num_bytes] = seconds
+        note(meter, num_bytes, seconds, now_s, is_whole=is_whole)
+
+    monkeypatch.setattr(LaneMeter, "note", listen)
+
+    async def tapped(agent, local_ids, remote_ids, deadline_s, *rest):
+        if agent == late.epoch:
+            desk.fleet.fabric.stall(agent)
+            is_stalled.set()
+            deadline_s = desk.fleet.clock.now() + 0.05
+        else:
+            await asyncio.wait_for(is_other_done.wait(), 5.0)
+        await read(agent, local_ids, remote_ids, deadline_s, *rest)
+
+    monkeypatch.setattr(desk.reader.connector, "read", tapped)
+    monkeypatch.setattr(fetch_plan.FetchPlan, "may_go_on", lambda *_: True)
+    fetching = asyncio.create_task(desk.fetch(desk.hint(late, end=2), desk.hint(other, start=2)))
+    await is_stalled.wait()
+    begun_s = desk.fleet.clock.now()
+    if not ends_first:
+        asyncio.get_running_loop().call_later(0.2, is_other_done.set)
+        with pytest.raises(BlockLost):
+            await fetching
+    await asyncio.sleep(0.3)
+    desk.fleet.fabric.resume(late.epoch)
+    await desk.fleet.until(lambda: desk.reader.connector.stats().num_inflight == 0, "did not land")
+    took_s = desk.fleet.clock.now() - begun_s
+    if ends_first:
+        await asyncio.sleep(0.3)
+        is_other_done.set()
+        await fetching
+    await desk.fleet.at_rest("h1")
+    assert told[2 * late.runner.blocks.shape[1]] == pytest.approx(took_s, abs=0.1)
+
+
+@pytest.mark.parametrize("when", ["met first", "met again"])
+async def test_the_time_of_connecting_is_not_that_of_the_lane(stack, opened, monkeypatch, when):
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
+    num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
+    link, meter = desk.pool(desk.owner.lane.address).reader.link, desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
+    step = "meet" if when == "met first" else "agent"
+    connect = getattr(link, step)
+
+    async def slowly(*args):
+        await asyncio.sleep(0.1)
+        return await connect(*args)
+
+    monkeypatch.setattr(link, step, slowly)
+    known_s = meter.seconds(num_bytes, desk.fleet.clock.now())
+    assert (await desk.fetch(desk.hint()))[0] == 0
+    assert meter.seconds(num_bytes, desk.fleet.clock.now()) == known_s
+    monkeypatch.setattr(link, step, connect)
     assert (await desk.fetch(desk.hint()))[0] == NUM_BLOCKS * BLOCK_TOKENS
 
 

@@ -121,7 +121,7 @@ class LaneMeter:
         if num_bytes <= 0 or seconds <= 0:
             return
         before = replace(self._sums), self._fitted, self._sampled_s, self._was_slow, self._retry_s
-        self._before_guess = None if is_whole else before
+        self._before_guess = None if is_whole else self._before_guess or before
         if self._is_doubtful(num_bytes) and now_s - self._sampled_s >= self._retry_s:
             self._retry_s = min(LONGEST_RETRY_S, 2 * self._retry_s)
         seconds = self._without_accident(num_bytes, seconds if is_whole else self._guess(num_bytes, seconds))
@@ -135,7 +135,7 @@ class LaneMeter:
         self._fitted = self._fit()
 
     def note_late(self, num_bytes: int, seconds: float, now_s: float) -> None:
-        """Count the last transfer that had been given up: it has ended after all, and its guess is forgotten."""
+        """Count a transfer that had been given up and has ended after all; guesses since the last one are forgotten."""
         if self._before_guess is not None:
             self._sums, self._fitted, self._sampled_s, self._was_slow, self._retry_s = self._before_guess
         self.note(num_bytes, seconds, now_s)

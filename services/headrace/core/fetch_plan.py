@@ -16,7 +16,8 @@ from headrace.core.cost import CostModel
 from headrace.core.placement import Tier
 
 GROUP_BYTES = 16 << 20
-"""Bytes of one READ: enough for full speed, and all that can be lost at once, for a READ cannot be aborted."""
+"""Bytes of one READ: enough for full speed, and all that can be lost at once, for a READ cannot be aborted. What is
+read layer by layer may be more: as much as the first step hides."""
 
 LOSS_SHARE = 0.03
 """Share of a prompt's time that a fetch may waste: the bound of how much a tier may ever slow a prompt down."""
@@ -153,15 +154,25 @@ class FetchPlan:
         """
         return elapsed_s <= min(self.limit_s, self.patience_s + (_saved_s(self, num_landed) or 0.0))
 
-    def lost_after_s(self, num_landed: int) -> float:
-        """Return when a READ that has not ended is given up, in seconds since the fetch began.
+    def lost_after_s(self, num_landed: int, elapsed_s: float) -> float:
+        """Return when a READ that is posted now is given up if it has not ended, in seconds since the fetch began.
 
         As patient again as before it was posted: a late READ costs less than new blocks and all that has landed.
+        READs of layers are posted as one, however long that may take.
 
         Args:
             num_landed: Blocks that have landed without a gap from the local hit on.
+            elapsed_s: Since the fetch began.
         """
-        return min(self.limit_s, 2 * self.patience_s + (_saved_s(self, num_landed) or 0.0))
+        patient_s = 2 * self.patience_s + (_saved_s(self, num_landed) or 0.0)
+        return min(self.limit_s, max(patient_s, elapsed_s + FIRST_GROUP_PATIENCE * self._layered_s))
+
+    @property
+    def _layered_s(self) -> float:
+        """Return the predicted seconds of reading what is read layer by layer."""
+        if self.layered_from is None:
+            return 0.0
+        return self.predicted_fetch_s * (self.parts[-1].end - self.layered_from) / self.num_blocks
 
 
 def plan_fetch(prompt: Prompt, cost: CostModel | None, sources: Sequence[Source]) -> FetchPlan:

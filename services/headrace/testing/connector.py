@@ -123,6 +123,7 @@ class FakeConnector:
         remote_ids: Sequence[int],
         deadline_s: float,
         span: Span | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         """Copy a peer's blocks, or a part of each, into own blocks."""
         start, end = span or (0, self._pool.block_bytes)
@@ -131,7 +132,7 @@ class FakeConnector:
         def copy(peer: FakeConnector) -> None:
             self.blocks[list(local_ids), start:end] = peer.blocks[list(remote_ids), start:end]
 
-        await self._move(copy, agent_name, (local_ids, remote_ids), deadline_s)
+        await self._move(copy, agent_name, (local_ids, remote_ids), deadline_s, on_late)
         self._stats["read"] += len(local_ids) * (end - start)
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:
@@ -158,6 +159,7 @@ class FakeConnector:
         agent_name: str,
         ids: tuple[Sequence[int], Sequence[int]],
         deadline_s: float,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         self._check(agent_name, *ids)
         if not ids[0]:
@@ -171,8 +173,10 @@ class FakeConnector:
         copying.add_done_callback(lambda _: self._quarantine.leave(token))
         try:
             await self._wait(landed, copying, agent_name, deadline_s)
-        except HeadraceError:
+        except HeadraceError as error:
             self._stats["failed"] += 1
+            if isinstance(error, DeadlineExceeded) and on_late is not None:
+                copying.add_done_callback(lambda _: on_late() if landed.is_set() else None)
             raise
         self._stats["done"] += 1
 

@@ -111,6 +111,7 @@ class Connector(Protocol):
         remote_ids: Sequence[int],
         deadline_s: float,
         span: Span | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         """Copy a peer's blocks into own blocks; raises as `write`.
 
@@ -120,6 +121,7 @@ class Connector(Protocol):
             remote_ids: As many blocks of the peer.
             deadline_s: On the clock the connector was made with.
             span: The part of each block to copy; None copies all of it.
+            on_late: Called on the event loop if, after DeadlineExceeded, all of it has landed nevertheless.
 
         Raises:
             ValueError: also if the span is empty or not inside a block.

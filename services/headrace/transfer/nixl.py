@@ -92,11 +92,12 @@ class NixlConnector:
         remote_ids: Sequence[int],
         deadline_s: float,
         span: Span | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         """Copy a peer's blocks, or a part of each, into own blocks."""
         if span is not None:
             check_span(span, self._arena.block_bytes)
-        await self._move(Operation.READ, agent_name, (local_ids, remote_ids), deadline_s, span)
+        await self._move(Operation.READ, agent_name, (local_ids, remote_ids), deadline_s, span, on_late)
 
     def when_settled(self, local_ids: Sequence[int], call: Callable[[], None]) -> None:
         """Call `call` on the event loop once no transfer touches these own blocks."""
@@ -113,8 +114,14 @@ class NixlConnector:
         await ended
         await asyncio.to_thread(self._thread.join)
 
-    async def _move(
-        self, operation: Operation, agent_name: str, ids: IdPairs, deadline_s: float, span: Span | None = None
+    async def _move(  # noqa: PLR0913 what there is to say of a transfer
+        self,
+        operation: Operation,
+        agent_name: str,
+        ids: IdPairs,
+        deadline_s: float,
+        span: Span | None = None,
+        on_late: Callable[[], None] | None = None,
     ) -> None:
         self._check(agent_name, *ids)
         if not ids[0]:
@@ -124,8 +131,10 @@ class NixlConnector:
         ended, on_end = _reply()
         token = self._quarantine.enter(ids[0])
 
-        def on_settled() -> None:
+        def on_settled(*, is_late: bool) -> None:
             with contextlib.suppress(RuntimeError):  # The loop has closed: nobody is left to tell.
+                if is_late and on_late is not None:
+                    loop.call_soon_threadsafe(on_late)
                 loop.call_soon_threadsafe(self._quarantine.leave, token)
 
         self._thread.send(

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from headrace.clock import Clock
 from headrace.core.block import Span
@@ -36,6 +36,14 @@ MAX_CHUNKS_IN_FLIGHT = 4
 """Of one transfer; on TCP one chunk at a time leaves the wire idle between two looks."""
 
 
+class OnSettled(Protocol):
+    """Hears that no data of a transfer moves any more."""
+
+    def __call__(self, *, is_late: bool) -> None:
+        """Hear it, and whether all of it has landed after its deadline."""
+        ...
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Transfer:
     """One read or write: chunks to post, requests in flight, and one end.
@@ -48,6 +56,7 @@ class Transfer:
         span: The part of each block that moves; None moves all of it.
         in_flight: Requests posted and not settled.
         is_ended: Whether its end was reported; a transfer that ended and has requests in flight is abandoned.
+        may_land_late: Whether its deadline was its end, with all of it in flight.
     """
 
     operation: Operation
@@ -55,15 +64,17 @@ class Transfer:
     chunks: deque[IdPairs]
     deadline_s: float
     on_end: Callable[[HeadraceError | None], None]
-    on_settled: Callable[[], None]
+    on_settled: OnSettled
     span: Span | None = None
     in_flight: list[Request] = field(default_factory=list)
     is_ended: bool = False
+    may_land_late: bool = False
 
     def end(self, error: HeadraceError | None) -> None:
         """Report the end unless it was reported before; nothing more is posted."""
         if not self.is_ended:
             self.is_ended = True
+            self.may_land_late = isinstance(error, DeadlineExceeded) and not self.chunks
             self.chunks.clear()
             self.on_end(error)
 
@@ -141,7 +152,7 @@ class TransferThread:
         finally:
             for transfer in self._transfers:
                 transfer.end(InternalError("the transfer thread failed"))
-                transfer.on_settled()
+                transfer.on_settled(is_late=False)
             self._refuse_waiting()
 
     def _take_commands(self) -> None:
@@ -241,12 +252,13 @@ class TransferThread:
         if peer is not None:
             peer.is_broken = True
         transfer.end(error)
+        transfer.may_land_late = False
 
     def _drop_settled(self) -> None:
         settled = [transfer for transfer in self._transfers if transfer.is_ended and not transfer.in_flight]
         self._transfers = [transfer for transfer in self._transfers if not transfer.is_ended or transfer.in_flight]
         for transfer in settled:
-            transfer.on_settled()
+            transfer.on_settled(is_late=transfer.may_land_late)
             self._forget_if_quiet(transfer.peer)
 
     def _try_add_peer(self, pool: PoolDescriptor) -> HeadraceError | None:
@@ -302,7 +314,7 @@ class TransferThread:
         self._peers.clear()
         self._agent.close()
         for transfer in self._transfers:
-            transfer.on_settled()
+            transfer.on_settled(is_late=False)
         self._transfers.clear()
 
     def _refuse_waiting(self) -> None:
@@ -315,7 +327,7 @@ class TransferThread:
                 return
             if isinstance(command, Transfer):
                 command.end(PeerFailed("this process has closed its transfer agent"))
-                command.on_settled()
+                command.on_settled(is_late=False)
             elif isinstance(command, AddPeer):
                 command.on_end(PeerFailed("this process has closed its transfer agent"))
             else:

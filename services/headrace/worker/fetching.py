@@ -201,6 +201,8 @@ class _Lane:
         num_landed: Of them, so far.
         num_spans: Spans of its layered blocks that have landed.
         num_there: Blocks that the source has, as far as it has said so.
+        late: Bytes and seconds of a READ that landed after it was given up.
+        guessed: The meter that was told a guess, as nothing had landed.
     """
 
     pool: Pool
@@ -209,6 +211,8 @@ class _Lane:
     num_landed: int = 0
     num_spans: int = 0
     num_there: int = 0
+    late: tuple[int, float] | None = None
+    guessed: LaneMeter | None = None
     result: ReadResult = ReadResult()
 
 
@@ -278,21 +282,19 @@ class _Fetch:
             meter = lane.pool.meter(Tier.DISK if found.num_from_disk else lane.tier)
             if found.num_landed:
                 meter.note(found.num_landed * block_bytes, found.seconds, now_s)
+            elif lane.late is not None:
+                meter.note(*lane.late, now_s)
             else:
                 seconds = max(found.seconds, self.plan.predicted_recompute_s or 0.0)
                 meter.note(len(lane.indices) * block_bytes, seconds, now_s, is_whole=False)
-                self._measure_late(lane, meter, now_s - found.seconds)
+                lane.guessed = meter
 
-    def _measure_late(self, lane: _Lane, meter: LaneMeter, begun_s: float) -> None:
-        """Measure a READ that was given up when it ends: a lane may be slow and yet faster than computing."""
-        clock, num_bytes = self._links.clock, lane.result.num_late_bytes
-
-        def measure() -> None:
-            now_s = clock.now()
-            meter.note_late(num_bytes, now_s - begun_s, now_s)
-
-        if num_bytes:
-            self._links.connector.when_settled(self._own(lane), measure)
+    def _note_late(self, lane: _Lane, num_bytes: int, seconds: float) -> None:
+        """Measure a READ that was given up and has landed: a lane may be slow and yet faster than computing."""
+        if lane.guessed is None:
+            lane.late = num_bytes, seconds
+        else:
+            lane.guessed.note_late(num_bytes, seconds, self._links.clock.now())
 
     def _split(self, pools: Pools) -> list[_Lane]:
         """Gather the parts of each source: it is asked once for all of them."""
@@ -307,7 +309,7 @@ class _Fetch:
         lane.pool.meter(lane.tier).note_try(self._links.clock.now())
         wanted = Wanted(
             hashes=_at(self._hashes, lane.indices),
-            local_ids=self._own(lane),
+            local_ids=_at(self.blocks, [index - self.first for index in lane.indices]),
             tenant=owner_of(self.spec),
         )
         terms = ReadTerms(
@@ -317,7 +319,8 @@ class _Fetch:
             num_whole=self._num_whole(lane),
             spans=self._early.spans,
             may_go_on=lambda: self._may_go_on(lane),
-            deadline_s=lambda: self._begun_s + self.plan.lost_after_s(self._num_landed),
+            deadline_s=self._lost_at_s,
+            on_late=lambda num_bytes, seconds: self._note_late(lane, num_bytes, seconds),
             on_landed=lambda num_landed: self._note_landed(lane, num_landed),
             on_span=lambda num_spans, num_there: self._note_span(lane, num_spans, num_there),
         )
@@ -328,6 +331,10 @@ class _Fetch:
         # What lies behind a gap is of no use to anybody.
         self._gap = min([self._gap, *lane.indices[lane.result.num_landed :][:1]])
 
+    def _lost_at_s(self) -> float:
+        elapsed_s = self._links.clock.now() - self._begun_s
+        return self._begun_s + self.plan.lost_after_s(self._num_landed, elapsed_s)
+
     def _may_go_on(self, lane: _Lane) -> bool:
         if self.is_given_up or lane.indices[lane.num_landed] > self._gap:
             return False
@@ -336,10 +343,6 @@ class _Fetch:
     def _note_landed(self, lane: _Lane, num_landed: int) -> None:
         self._note(lane.indices[lane.num_landed : num_landed])
         lane.num_landed = num_landed
-
-    def _own(self, lane: _Lane) -> tuple[BlockId, ...]:
-        """Return the own blocks that a lane fills."""
-        return _at(self.blocks, [index - self.first for index in lane.indices])
 
     def _num_whole(self, lane: _Lane) -> int | None:
         """Return how many of a lane's blocks come before the layered ones."""

@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from headrace.core.block import BlockHash, BlockId, Span
-from headrace.errors import DeadlineExceeded, HeadraceError
+from headrace.errors import HeadraceError
 from headrace.runtime.channels import translate_errors
 from headrace.v1 import block_pb2, pool_pb2
 from headrace.worker.digests import BlockDigests
@@ -41,6 +42,7 @@ class ReadTerms:
         spans: Parts of a block, together all of it.
         may_go_on: Whether to post another READ.
         deadline_s: When a READ that is posted now is given up.
+        on_late: Hears of a READ that was given up and has landed: bytes and seconds since the first call.
         on_landed: Hears how many of the blocks, from the first on, have landed and are what their digests say.
         on_span: Hears how many spans of the layered blocks have landed, and how many blocks were there at all.
     """
@@ -52,6 +54,7 @@ class ReadTerms:
     spans: tuple[Span, ...] = ()
     may_go_on: Callable[[], bool] = lambda: True
     deadline_s: Callable[[], float]
+    on_late: Callable[[int, float], None] = lambda _, __: None
     on_landed: Callable[[int], None] = lambda _: None
     on_span: Callable[[int, int], None] = lambda _, __: None
 
@@ -65,7 +68,6 @@ class ReadResult:
         num_leased: Leading blocks that were there.
         num_from_disk: Of them, read from disk for this.
         is_measured: Whether it says how fast the lane is: not if the owner had none of the blocks or was not asked.
-        num_late_bytes: Of a READ that was given up and goes on, and of those before it; 0 if all have ended.
         epoch: Lifetime of the owner; empty if it lent nothing.
         seconds: From the first call to the last, without connecting.
         corrupt: A block whose bytes differed from its digest.
@@ -75,7 +77,6 @@ class ReadResult:
     num_leased: int = 0
     num_from_disk: int = 0
     is_measured: bool = False
-    num_late_bytes: int = 0
     epoch: str = ""
     seconds: float = 0.0
     corrupt: BlockHash | None = None
@@ -130,7 +131,6 @@ class _Reading:
         self._corrupt: BlockHash | None = None
         self._is_measured = False
         self._is_believed = False
-        self._num_late_bytes = 0
 
     def result(self) -> ReadResult:
         return ReadResult(
@@ -138,7 +138,6 @@ class _Reading:
             num_leased=len(self._lease.block_ids),
             num_from_disk=self._num_from_disk,
             is_measured=self._is_measured,
-            num_late_bytes=self._num_late_bytes,
             epoch=self._lease.epoch,
             seconds=self._link.parts.clock.now() - self._begun_s,
             corrupt=self._corrupt,
@@ -147,6 +146,8 @@ class _Reading:
     async def run(self) -> None:
         await self._link.meet()
         self._begun_s = self._link.parts.clock.now()
+        if self._begun_s >= self._terms.answer_by_s:
+            return  # Connecting took all the patience there was; it tells nothing of the lane.
         self._is_measured = True
         digests = await self._acquire()
         if not self._lease.block_ids:
@@ -179,7 +180,7 @@ class _Reading:
         groups = [(start, min(start + terms.group_blocks, whole_end), False) for start in starts]
         if whole_end < num_blocks:
             groups.append((whole_end, num_blocks, True))
-        agent = await self._link.agent(self._lease.epoch)
+        agent = await self._agent()
         for start, end, is_layered in groups:
             if not await self._read_group(agent, start, end, is_layered=is_layered):
                 return
@@ -190,6 +191,18 @@ class _Reading:
                 self._corrupt = self._wanted.hashes[self._num_read]
                 return
 
+    async def _agent(self) -> str:
+        """Connect to who granted the lease, if that is another lifetime than the one met; not measured either."""
+        clock, was_in_time = self._link.parts.clock, self._terms.may_go_on()
+        begun_s = clock.now()
+        agent = await self._link.agent(self._lease.epoch)
+        self._begun_s += clock.now() - begun_s
+        self._is_measured = self._terms.may_go_on() or not was_in_time
+        return agent
+
+    def _note_late(self, num_bytes: int) -> None:
+        self._terms.on_late(num_bytes, self._link.parts.clock.now() - self._begun_s)
+
     async def _read_group(self, agent: str, start: int, end: int, *, is_layered: bool) -> bool:
         """Read blocks whole or span by span; return whether that was begun, for then it is brought to its end."""
         terms = self._terms
@@ -199,11 +212,9 @@ class _Reading:
         local_ids, remote_ids = self._wanted.local_ids[start:end], tuple(self._lease.block_ids[start:end])
         block_bytes = self._link.parts.caller.layout.block_bytes
         for number, span in enumerate(terms.spans if is_layered else (None,), start=1):
-            try:
-                await self._link.parts.connector.read(agent, local_ids, remote_ids, deadline_s, span)
-            except DeadlineExceeded:
-                self._num_late_bytes = start * block_bytes + (end - start) * (span.end if span else block_bytes)
-                raise
+            num_bytes = start * block_bytes + (end - start) * (span.end if span else block_bytes)
+            on_late = partial(self._note_late, num_bytes)
+            await self._link.parts.connector.read(agent, local_ids, remote_ids, deadline_s, span, on_late)
             if is_layered:
                 terms.on_span(number, len(self._lease.block_ids))
         return True
