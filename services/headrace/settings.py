@@ -22,7 +22,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -180,7 +180,7 @@ def load(
     section: str,
     env: Mapping[str, str],
     overrides: Mapping[str, str],
-    flag: str = "--set ",
+    flag: Callable[[str], str] = "--set {}".format,
 ) -> Loaded[T]:
     """Build a configuration dataclass from all its sources.
 
@@ -190,7 +190,7 @@ def load(
         section: The section to read, one word.
         env: The environment.
         overrides: Texts of the command line under dotted names.
-        flag: What stood before those names on the command line.
+        flag: What stood for those names on the command line.
 
     Raises:
         ConfigError: a key is unknown, a value is bad or missing, or the file cannot be read.
@@ -303,9 +303,9 @@ def _refuse_slip(variable: str, names: Iterable[str]) -> None:
         raise _unknown(variable, "the environment", names)
 
 
-def _from_overrides(overrides: Mapping[str, str], flag: str) -> Iterator[_Found]:
+def _from_overrides(overrides: Mapping[str, str], flag: Callable[[str], str]) -> Iterator[_Found]:
     for name, value in overrides.items():
-        yield _Found(name=name, value=value, origin=Origin.COMMAND_LINE, source=flag + name)
+        yield _Found(name=name, value=value, origin=Origin.COMMAND_LINE, source=flag(name))
 
 
 def _unknown(name: str, source: str, known: Iterable[str]) -> ConfigError:

@@ -82,6 +82,11 @@ def test_the_doctor_needs_a_cluster(tmp_path: Path, question: str) -> None:
             ("up", "--set", "prefill-0.name="),
             "in the cluster, found '' (--set prefill-0.name)",
         ),
+        (
+            ("up", "--set", "decode-0.threads=2", "--set", "worker.threads=1", "--set", "worker.block_tokens=many"),
+            "(--set worker.block_tokens)",
+        ),
+        (("up", "--set", "kvstore.grpc_port=0"), "--set kvstore.grpc_port: `headrace up` chooses ports itself"),
         (("serve", "router", "--config", "absent.yaml"), "cannot read the configuration absent.yaml"),
         (("serve", "router", "--set", "max_moves"), "--set wants NAME=VALUE"),
     ],

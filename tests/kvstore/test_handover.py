@@ -175,6 +175,27 @@ async def test_without_time_or_siblings_nothing_is_handed_over_and_the_store_lea
         assert await family.leave(leaver, grace_s) == 0
 
 
+async def test_what_a_sibling_has_no_room_for_goes_to_the_next(family):
+    siblings = [await family.serve(num_blocks=4), await family.serve(num_blocks=4)]
+    leaver = await family.serve(siblings)
+    full = store_of(name(100), siblings)
+    [heir] = set(siblings) - {full}
+    await put_chain(family.clients[full], 900, 2)
+    await family.clients[full].acquire([name(900), name(901)])
+    await put_chain(family.clients[leaver], 100, 3)
+    assert await family.leave(leaver) == 3
+    assert len(await family.clients[heir].get([name(number) for number in range(100, 103)])) == 3
+
+
+async def test_what_nobody_has_room_for_is_not_counted(family):
+    full = await family.serve(num_blocks=4)
+    leaver = await family.serve([full])
+    await put_chain(family.clients[full], 900, 2)
+    await family.clients[full].acquire([name(900), name(901)])
+    await put_chain(family.clients[leaver], 100, 3)
+    assert await family.leave(leaver) == 0
+
+
 async def test_what_a_sibling_has_already_is_not_moved(family):
     heir = await family.serve()
     leaver = await family.serve([heir])

@@ -32,7 +32,7 @@ from headrace.transfer.nixl import NixlConnector
 from headrace.transfer.wire import pool_to_proto
 from headrace.v1 import cluster_pb2
 from headrace.worker.digests import BlockDigests
-from headrace.worker.kv_client import KvClient, Put, PutTerms
+from headrace.worker.kv_client import KvClient, Put, PutTerms, Stored
 from headrace.worker.peers import Peers
 from headrace.worker.pool_link import LinkParts, PoolCaller, PoolLink
 
@@ -238,7 +238,7 @@ async def test_the_store_is_told_whose_blocks_these_are_how_they_came_to_be_and_
     await setup.serve(await setup.stop())
     facts = PutFacts(tenant="acme", num_blocks_before=70, segment_key=names(9)[0], origin=DECODED)
     put = Put(hashes=names(1), local_ids=[0], facts=facts)
-    assert await worker.client.put(put, PutTerms(deadline_s=soon())) == 1
+    assert await worker.client.put(put, PutTerms(deadline_s=soon())) == Stored(num_new=1)
     reserve, commit = told
     assert (reserve.tenant, reserve.num_blocks_before, reserve.segment_key) == ("acme", 70, names(9)[0])
     assert (reserve.provenance, reserve.writer_epoch) == (Provenance.DECODED, worker.name)
@@ -264,7 +264,7 @@ async def test_a_put_in_groups_waits_before_each_and_becomes_visible_at_once(set
         assert setup.ledger()[0] == 0
 
     terms = PutTerms(deadline_s=soon(), group_blocks=2, before_write=wait)
-    assert await worker.client.put(Put(hashes=names(1, 2, 3), local_ids=[0, 1, 2]), terms) == 3
+    assert await worker.client.put(Put(hashes=names(1, 2, 3), local_ids=[0, 1, 2]), terms) == Stored(num_new=3)
     assert waits == [2, 1]
     assert await worker.client.fetch(names(1, 2, 3), [9, 8, 7], soon()) == 3
     assert [int(worker.blocks[block, 0]) for block in (9, 8, 7)] == [1, 2, 3]
@@ -273,7 +273,7 @@ async def test_a_put_in_groups_waits_before_each_and_becomes_visible_at_once(set
 async def test_a_put_says_whether_the_store_failed_or_has_all_blocks(setup):
     worker = setup.worker()
     put, terms = Put(hashes=names(1), local_ids=[0]), PutTerms(deadline_s=soon())
-    assert [await worker.client.put(put, terms), await worker.client.put(put, terms)] == [1, 0]
+    assert [await worker.client.put(put, terms), await worker.client.put(put, terms)] == [Stored(num_new=1), Stored()]
     await setup.stop()
     assert await worker.client.put(put, terms) is None
     await setup.serve()

@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -31,6 +32,8 @@ STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
 """The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
 CACHE_SECRET_FILE = "cache_secret"
 SERVE = (sys.executable, "-m", "headrace.cli.serve")
+CHOSEN = ("grpc_port", "http_port")
+"""Of every service: the others are told, so nothing else may change them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +172,20 @@ def check(layout: Layout, env: Mapping[str, str]) -> None:
         if f"HEADRACE_{section.upper()}_REDIS__URL" not in env:
             # All services get one, if only the cluster's own.
             known["redis.url"] = layout.redis_url or f"redis://{HOST}:{layout.redis_port}"
-        given = layout.overrides.get(section, {}) | layout.overrides.get(name, {})
-        flag = f"--set {name if name in layout.overrides else section}."
-        load(config, file=None, section=section, env=env, overrides=known | given, flag=flag)
+        own = layout.overrides.get(name, {})
+        given = layout.overrides.get(section, {}) | own
+        load(
+            config,
+            file=None,
+            section=section,
+            env=env,
+            overrides=known | given,
+            flag=partial(_flag, section, name, own),
+        )
+
+
+def _flag(section: str, name: str, own: Mapping[str, str], field: str) -> str:
+    return f"--set {name if field in own else section}.{field}"
 
 
 def bundled_model() -> Path:
@@ -319,6 +333,12 @@ def _overrides(assignments: Sequence[str], names: set[str]) -> dict[str, dict[st
             raise ConfigError(
                 f"--set wants SECTION.FIELD=VALUE with a section or process of {', '.join(sorted(names))}, "
                 f"found {name!r}",
+                field="--set",
+            )
+        if field in CHOSEN:
+            raise ConfigError(
+                f"--set {name}: `headrace up` chooses ports itself; say where to begin by "
+                "HEADRACE_RUN_GRPC_PORT and HEADRACE_RUN_HTTP_PORT",
                 field="--set",
             )
         overrides.setdefault(target, {})[field] = value

@@ -1,10 +1,14 @@
 """Names and addresses of processes as settings hold them."""
 
+import re
 from collections.abc import Sequence
 
 from headrace.errors import ConfigError
 
 MAX_PORT = 65535
+
+_HOST = re.compile(r"[^\s/:@\[\]]+|\[[0-9A-Fa-f:.]+(%\w+)?\]")
+"""A name, an IPv4 address, or an IPv6 address in brackets."""
 
 
 def check_name(name: str) -> None:
@@ -15,6 +19,12 @@ def check_name(name: str) -> None:
     """
     if not name or not name.isprintable() or any(letter.isspace() for letter in name):
         raise ConfigError(f"name wants a word that is unique in the cluster, found {name!r}", field="name")
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is host:port, as one can be connected to."""
+    host, _, port = text.rpartition(":")
+    return bool(_HOST.fullmatch(host)) and port.isdecimal() and 0 < int(port) <= MAX_PORT
 
 
 def check_addresses(addresses: Sequence[str], field: str) -> None:
@@ -28,8 +38,7 @@ def check_addresses(addresses: Sequence[str], field: str) -> None:
         ConfigError: one has no host or no port, or stands there twice.
     """
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) <= MAX_PORT:
+        if not is_address(address):
             raise ConfigError(
                 f"{field} wants host:port, each with a port from 1 to {MAX_PORT}, found {address!r}", field
             )

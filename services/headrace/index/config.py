@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from headrace.core.addresses import is_address
 from headrace.core.placement import FOREIGN_PREFIX
 from headrace.errors import ConfigError
 from headrace.settings import Between, Count
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ENDPOINT = re.compile(r"(tcp://[^\s/]+:\d+|ipc://\S+)")
 _FORM = "NAME=PUB_ENDPOINT or NAME=PUB_ENDPOINT REPLAY_ENDPOINT, each tcp://HOST:PORT or ipc://PATH"
 
 
@@ -86,6 +86,11 @@ class VllmFeedsConfig:
             name, _, endpoints = text.partition("=")
             endpoint, _, replay = endpoints.partition(" ")
             known = (endpoint, replay) if replay else (endpoint,)
-            if not _NAME.fullmatch(name) or not all(map(_ENDPOINT.fullmatch, known)):
+            if not _NAME.fullmatch(name) or not all(map(_is_endpoint, known)):
                 raise ConfigError(f"an engine is {_FORM}; found {text!r}", field="vllm_feeds.engines")
             yield FollowedEngine(location=FOREIGN_PREFIX + name, endpoint=endpoint, replay_endpoint=replay)
+
+
+def _is_endpoint(text: str) -> bool:
+    scheme, _, rest = text.partition("://")
+    return is_address(rest) if scheme == "tcp" else scheme == "ipc" and bool(rest)

@@ -391,8 +391,14 @@ class KvStoreActor:
             check_layout(message.layout, self.layout)
         put = pool.reserve(offered, terms)
         if not put.blocks:
-            return Granted()
-        return Granted(lease_id=terms.lease_id, blocks=put.blocks, deadline_unix_ms=end_ms, indices=put.indices)
+            return Granted(num_refused=put.num_refused)
+        return Granted(
+            lease_id=terms.lease_id,
+            blocks=put.blocks,
+            deadline_unix_ms=end_ms,
+            indices=put.indices,
+            num_refused=put.num_refused,
+        )
 
     def _commit(self, message: CommitPut) -> int:
         claim = message.claim

@@ -74,7 +74,7 @@ class Handover:
         clock: Ends it.
 
     Attributes:
-        num_blocks: Blocks that siblings have taken, or had.
+        num_blocks: Blocks that siblings have taken, or had; of a chain that none has room for all of, none counts.
     """
 
     def __init__(
@@ -124,11 +124,13 @@ class Handover:
                 return
             key = chain[0].segment_key or chain[0].block_hash
             for address in stores_by_preference(key, siblings):
+                if address not in siblings:
+                    continue  # It failed while this waited for another.
                 # Of its own for each try: blocks that one has not settled are still held under the other.
-                hold_id = f"handover {number} {address}"
-                if address in siblings and await self._put(siblings[address], hold_id, chain, end_s):
+                num_refused = await self._put(siblings[address], f"handover {number} {address}", chain, end_s)
+                if num_refused == 0:
                     break
-                if siblings.pop(address, None) is not None:
+                if num_refused is None and siblings.pop(address, None) is not None:
                     logger.warning("sibling takes no blocks", extra={"address": address})
 
     def _clients(self, connector: Connector, layout: KvLayout) -> dict[str, KvClient]:
@@ -139,11 +141,11 @@ class Handover:
         digests = BlockDigests(layout, 0.0, _unread)
         return {address: KvClient(PoolLink(address, links), digests) for address in self._config.siblings}
 
-    async def _put(self, sibling: KvClient, hold_id: str, chain: Sequence[StoredBlock], end_s: float) -> bool:
-        """Put what is in memory of a chain; return whether the sibling took it, or there was nothing to take."""
+    async def _put(self, sibling: KvClient, hold_id: str, chain: Sequence[StoredBlock], end_s: float) -> int | None:
+        """Put what is in memory of a chain; return how many blocks the sibling has no room for, None if it failed."""
         held = await self._take(hold_id, tuple(block.block_hash for block in chain))
         if not held:
-            return True
+            return 0
         first, hashes = held[0][0], tuple(block.block_hash for block, _ in held)
         put = Put(
             hashes=hashes,
@@ -163,10 +165,11 @@ class Handover:
                 async with asyncio.timeout(max(0.0, end_s - now_s)):
                     stored = await sibling.put(put, PutTerms(deadline_s=min(end_s, now_s + PUT_TIMEOUT_S)))
         finally:
-            ended = HandedOver(hold_id=hold_id, hashes=() if stored is None else hashes)
+            has_all = stored is not None and not stored.num_refused
+            ended = HandedOver(hold_id=hold_id, hashes=hashes if has_all else ())
             sibling.link.parts.connector.when_settled(put.local_ids, lambda: self._tell(ended))
-        self.num_blocks += 0 if stored is None else len(held)
-        return stored is not None
+        self.num_blocks += len(held) if has_all else 0
+        return None if stored is None else stored.num_refused
 
     async def _take(self, hold_id: str, hashes: tuple[BlockHash, ...]) -> _Held:
         """Return the leading blocks of a chain, which are in memory and stay there."""

@@ -35,6 +35,7 @@ class Granted:
 
     Attributes:
         indices: Which of the offered blocks to write; empty for reads.
+        num_refused: Offered blocks for which there was no room; 0 for reads.
         digests: Of each block; empty for writes.
         coming: What to wait for before asking again, if more of the prefix is being read from disk; then there is
             no lease yet.
@@ -44,6 +45,7 @@ class Granted:
     blocks: tuple[BlockId, ...] = ()
     deadline_unix_ms: int = 0
     indices: tuple[int, ...] = ()
+    num_refused: int = 0
     digests: tuple[int, ...] = ()
     coming: "Coming | None" = None
 

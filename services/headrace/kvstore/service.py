@@ -48,7 +48,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 reply=reply,
             )
         )
-        return kvstore_pb2.ReservePutResponse(lease=lease_of(granted, self._epoch), indices=granted.indices)
+        return kvstore_pb2.ReservePutResponse(
+            lease=lease_of(granted, self._epoch), indices=granted.indices, num_refused=granted.num_refused
+        )
 
     async def CommitPut(
         self, request: kvstore_pb2.CommitPutRequest, context: grpc.aio.ServicerContext[object, object]

@@ -60,6 +60,7 @@ class Put:
         facts: Of them; their names are visible after the commit.
         writer: Who writes; empty is the kvstore itself.
         tenant: On whose behalf.
+        num_refused: Offered blocks for which there was no room.
     """
 
     indices: tuple[int, ...] = ()
@@ -67,6 +68,7 @@ class Put:
     facts: tuple[StoredBlock, ...] = ()
     writer: str = ""
     tenant: str = ""
+    num_refused: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -351,11 +353,12 @@ class BlockStore:
             facts=tuple(offered[index] for index in indices),
             writer=terms.holder,
             tenant=terms.tenant,
+            num_refused=len(wanted) - len(indices),
         )
         self.totals.num_evicted_blocks += self._note_gone()
         if not put.blocks:
             self._ledger.release(lease_id)
-            return Put()
+            return Put(num_refused=put.num_refused)
         self._puts[lease_id] = put
         self._being_written.update(block.block_hash for block in put.facts)
         self._num_of.update(block.tenant for block in put.facts)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from headrace.v1 import block_pb2 as headrace_dot_v1_dot_block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/kvstore.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\"$\n\x0cMatchRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\"Z\n\x0bPrefixMatch\x12\x10\n\x08location\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12%\n\x05tiers\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TierCount\"\x80\x01\n\tTierCount\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.headrace.v1.Tier\x12+\n\nprovenance\x18\x02 \x01(\x0e\x32\x17.headrace.v1.Provenance\x12\x11\n\tpolicy_id\x18\x03 \x01(\t\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\":\n\rMatchResponse\x12)\n\x07matches\x18\x01 \x03(\x0b\x32\x18.headrace.v1.PrefixMatch\"\xc0\x02\n\x11ReservePutRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06writer\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x05 \x01(\x04\x12\x14\n\x0cwriter_epoch\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x19\n\x11num_blocks_before\x18\x08 \x01(\r\x12+\n\nprovenance\x18\t \x01(\x0e\x32\x17.headrace.v1.Provenance\x12\x11\n\tpolicy_id\x18\n \x01(\t\x12\x13\n\x0bsegment_key\x18\x0b \x01(\x0c\x12\x13\n\x0bparent_hash\x18\x0c \x01(\x0c\"Q\n\x12ReservePutResponse\x12&\n\x05lease\x18\x01 \x01(\x0b\x32\x17.headrace.v1.BlockLease\x12\x13\n\x07indices\x18\x02 \x03(\rB\x02\x10\x01\"m\n\x10\x43ommitPutRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x13\n\x0bis_complete\x18\x03 \x01(\x08\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x13\n\x07\x64igests\x18\x05 \x03(\x06\x42\x02\x10\x01\"*\n\x11\x43ommitPutResponse\x12\x15\n\rnum_committed\x18\x01 \x01(\r2\xeb\x01\n\x0eKvStoreService\x12>\n\x05Match\x12\x19.headrace.v1.MatchRequest\x1a\x1a.headrace.v1.MatchResponse\x12M\n\nReservePut\x12\x1e.headrace.v1.ReservePutRequest\x1a\x1f.headrace.v1.ReservePutResponse\x12J\n\tCommitPut\x12\x1d.headrace.v1.CommitPutRequest\x1a\x1e.headrace.v1.CommitPutResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/kvstore.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\"$\n\x0cMatchRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\"Z\n\x0bPrefixMatch\x12\x10\n\x08location\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12%\n\x05tiers\x18\x03 \x03(\x0b\x32\x16.headrace.v1.TierCount\"\x80\x01\n\tTierCount\x12\x1f\n\x04tier\x18\x01 \x01(\x0e\x32\x11.headrace.v1.Tier\x12+\n\nprovenance\x18\x02 \x01(\x0e\x32\x17.headrace.v1.Provenance\x12\x11\n\tpolicy_id\x18\x03 \x01(\t\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\":\n\rMatchResponse\x12)\n\x07matches\x18\x01 \x03(\x0b\x32\x18.headrace.v1.PrefixMatch\"\xc0\x02\n\x11ReservePutRequest\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x0c\x12%\n\x06layout\x18\x02 \x01(\x0b\x32\x15.headrace.v1.KvLayout\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x0e\n\x06writer\x18\x04 \x01(\t\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x05 \x01(\x04\x12\x14\n\x0cwriter_epoch\x18\x06 \x01(\t\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x19\n\x11num_blocks_before\x18\x08 \x01(\r\x12+\n\nprovenance\x18\t \x01(\x0e\x32\x17.headrace.v1.Provenance\x12\x11\n\tpolicy_id\x18\n \x01(\t\x12\x13\n\x0bsegment_key\x18\x0b \x01(\x0c\x12\x13\n\x0bparent_hash\x18\x0c \x01(\x0c\"f\n\x12ReservePutResponse\x12&\n\x05lease\x18\x01 \x01(\x0b\x32\x17.headrace.v1.BlockLease\x12\x13\n\x07indices\x18\x02 \x03(\rB\x02\x10\x01\x12\x13\n\x0bnum_refused\x18\x03 \x01(\r\"m\n\x10\x43ommitPutRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x13\n\x0bis_complete\x18\x03 \x01(\x08\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x13\n\x07\x64igests\x18\x05 \x03(\x06\x42\x02\x10\x01\"*\n\x11\x43ommitPutResponse\x12\x15\n\rnum_committed\x18\x01 \x01(\r2\xeb\x01\n\x0eKvStoreService\x12>\n\x05Match\x12\x19.headrace.v1.MatchRequest\x1a\x1a.headrace.v1.MatchResponse\x12M\n\nReservePut\x12\x1e.headrace.v1.ReservePutRequest\x1a\x1f.headrace.v1.ReservePutResponse\x12J\n\tCommitPut\x12\x1d.headrace.v1.CommitPutRequest\x1a\x1e.headrace.v1.CommitPutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,11 +47,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESERVEPUTREQUEST']._serialized_start=389
   _globals['_RESERVEPUTREQUEST']._serialized_end=709
   _globals['_RESERVEPUTRESPONSE']._serialized_start=711
-  _globals['_RESERVEPUTRESPONSE']._serialized_end=792
-  _globals['_COMMITPUTREQUEST']._serialized_start=794
-  _globals['_COMMITPUTREQUEST']._serialized_end=903
-  _globals['_COMMITPUTRESPONSE']._serialized_start=905
-  _globals['_COMMITPUTRESPONSE']._serialized_end=947
-  _globals['_KVSTORESERVICE']._serialized_start=950
-  _globals['_KVSTORESERVICE']._serialized_end=1185
+  _globals['_RESERVEPUTRESPONSE']._serialized_end=813
+  _globals['_COMMITPUTREQUEST']._serialized_start=815
+  _globals['_COMMITPUTREQUEST']._serialized_end=924
+  _globals['_COMMITPUTRESPONSE']._serialized_start=926
+  _globals['_COMMITPUTRESPONSE']._serialized_end=968
+  _globals['_KVSTORESERVICE']._serialized_start=971
+  _globals['_KVSTORESERVICE']._serialized_end=1206
 # @@protoc_insertion_point(module_scope)

@@ -215,23 +215,29 @@ class ReservePutResponse(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     INDICES_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    num_refused: _builtins.int
+    """Blocks for which there was no room."""
     @_builtins.property
     def lease(self) -> _block_pb2.BlockLease:
         """Room for the blocks named in `indices`, in the same order."""
 
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Which of the request's blocks to write; the others are stored already."""
+        """Which of the request's blocks to write; the others are stored already, being written,
+        or refused.
+        """
 
     def __init__(
         self,
         *,
         lease: _block_pb2.BlockLease | None = ...,
         indices: _abc.Iterable[_builtins.int] | None = ...,
+        num_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indices", b"indices", "lease", b"lease", "num_refused", b"num_refused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,6 +31,19 @@ class Put:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """What became of a put; what is neither new nor refused the store had, or gets from others.
+
+    Attributes:
+        num_new: Blocks that became visible.
+        num_refused: Blocks for which there was no room.
+    """
+
+    num_new: int = 0
+    num_refused: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PutTerms:
     """How to write.
 
@@ -103,17 +116,17 @@ class KvClient:
     async def store(self, hashes: Sequence[BlockHash], local_ids: Sequence[BlockId], deadline_s: float) -> int:
         """Write own full public blocks that the store does not have; returns how many became visible."""
         stored = await self.put(Put(hashes=hashes, local_ids=local_ids), PutTerms(deadline_s=deadline_s))
-        return stored or 0
+        return 0 if stored is None else stored.num_new
 
-    async def put(self, put: Put, terms: PutTerms) -> int | None:
+    async def put(self, put: Put, terms: PutTerms) -> Stored | None:
         """Write blocks that the store does not have; those it has are not moved.
 
         Returns:
-            Blocks that became visible, 0 when the store has them all; None when it failed or is left alone.
+            What became of them; None when the store failed or is left alone.
         """
-        failed: int | None = None
+        failed: Stored | None = None
         stored = await self.link.attempt("store", lambda: self._put(put, terms), failed)
-        self.num_stored_blocks += stored or 0
+        self.num_stored_blocks += 0 if stored is None else stored.num_new
         return stored
 
     async def _match(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
@@ -121,11 +134,11 @@ class KvClient:
         answer = await self.link.store_stub().Match(request, timeout=CONTROL_TIMEOUT_S)
         return {match.location: match.num_blocks for match in answer.matches}
 
-    async def _put(self, put: Put, terms: PutTerms) -> int | None:
+    async def _put(self, put: Put, terms: PutTerms) -> Stored | None:
         await self.link.meet()
         reserved = await self._reserve(put, terms.deadline_s)
         if not reserved.indices:
-            return 0
+            return Stored(num_refused=reserved.num_refused)
         hashes = [put.hashes[index] for index in reserved.indices]
         local_ids = [put.local_ids[index] for index in reserved.indices]
         lease, tenant = reserved.lease, put.facts.tenant
@@ -143,7 +156,7 @@ class KvClient:
                 await self._commit(request)
             raise
         request.is_complete = True
-        return await self._commit(request)
+        return Stored(num_new=await self._commit(request), num_refused=reserved.num_refused)
 
     async def _reserve(self, put: Put, deadline_s: float) -> kvstore_pb2.ReservePutResponse:
         caller = self.link.parts.caller
