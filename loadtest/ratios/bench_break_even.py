@@ -8,7 +8,8 @@ fetching and computing should meet at `--target` tokens. Three real workers of t
 - one as it is, which has learnt the lane by a few fetches of other lengths: by bisection, the shortest prompt that it
   fetches is the *predicted* break-even.
 
-`cost model alone` is where the line of the pauses, rather than what the meter learnt, meets the cost model.
+`cost model alone` is where the line of the pauses, rather than what the meter learnt, meets the cost model. Steps are
+measured when workers start: `computed / cost model` says whether the machine is still as fast, and is near 1 if it is.
 """
 
 import argparse
@@ -78,6 +79,10 @@ class Bench:
         settings = {"cache_dir": stage.folder / "cache", "kv_memory_bytes": WORKER_BYTES, "store_blocks": "false"}
         none = stage.worker("none", (), settings)
         self.cost = none.cost()
+        if not self.cost.is_sound:
+            raise SystemExit(
+                "the machine is too noisy: a worker found no sound cost of its steps, so it fetches anything"
+            )
         token_bytes = none.layout.block_bytes // none.layout.block_tokens
         self.lane = lane_for(self.cost, target, token_bytes)
         program = (str(PACED), str(self.lane.latency_s), str(self.lane.byte_s))
@@ -109,6 +114,8 @@ class Bench:
             else:
                 fetched.append(self._fetch(self._cast.eager, prompt)[0])
                 computed.append(self._cast.none.ask(prompt).seconds)
+        predicted = [_compute_s(self.cost, length) for length in lengths]
+        self.work["computed / cost model"] = round(float(np.median(np.divide(computed, predicted))), 3)
         slope, level = np.polyfit(np.log(lengths), np.log(np.array(fetched) / np.array(computed)), 1)
         for length, slow_s, fast_s in zip(lengths, computed, fetched, strict=True):
             self.work[f"fetch / compute at {length}"] = round(fast_s / slow_s, 3)

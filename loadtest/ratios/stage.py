@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import grpc
@@ -195,15 +195,7 @@ class Worker(Service):
         if not load.HasField("cost"):
             raise RuntimeError("the worker has no cost model")
         found = load.cost
-        return CostModel(
-            step_s=found.step_s,
-            prompt_s=found.prompt_s,
-            token_s=found.token_s,
-            pair_s=found.pair_s,
-            decode_s=found.decode_s,
-            context_s=found.context_s,
-            r2=found.r2,
-        )
+        return CostModel(**{field.name: getattr(found, field.name) for field in fields(CostModel)})
 
 
 class Stage(contextlib.ExitStack):

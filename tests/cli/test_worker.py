@@ -71,7 +71,8 @@ def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))
-def test_only_auto_measures_which_path_is_faster(tmp_path, dtype):
+def test_only_auto_measures_which_path_is_faster(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
     config = WorkerConfig(

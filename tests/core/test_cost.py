@@ -1,10 +1,11 @@
 """The cost of a step: monotone, found again from samples, and inverted without slack."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from headrace.core.cost import NOTHING, CostModel, Sample, StepWork, chunk_work, decode_work, fit
@@ -41,6 +42,15 @@ models = st.builds(
     decode_s=coefficients(),
     context_s=coefficients(1e-5),
 )
+WIDE = replace(CPU, wide_from=128, wide_prompt_s=20e-3, wide_token_s=3e-4, wide_pair_s=1e-7)
+wide_models = st.builds(
+    replace,
+    models,
+    wide_from=st.integers(1, 2048),
+    wide_prompt_s=coefficients(),
+    wide_token_s=st.floats(1e-6, 1e-2),
+    wide_pair_s=coefficients(1e-5),
+)
 works = st.builds(
     StepWork,
     prompt_tokens=st.integers(0, 4096),
@@ -66,9 +76,19 @@ def test_one_formula_answers_for_chunks_decodes_and_both():
 @given(size=st.integers(1, 8192), done=st.integers(0, 8192), chunk=st.integers(1, 1024))
 def test_a_prompt_costs_the_sum_of_its_chunks(size, done, chunk):
     cuts = [(min(chunk, size - start), done + start) for start in range(0, size, chunk)]
-    assert CPU.prefill(size, done, chunk_tokens=chunk) == pytest.approx(sum(CPU.step([cut]) for cut in cuts))
-    assert CPU.prefill(size, done) == pytest.approx(CPU.step([(size, done)]))
+    for model in (CPU, WIDE):
+        assert model.prefill(size, done, chunk_tokens=chunk) == pytest.approx(sum(model.step([cut]) for cut in cuts))
+        assert model.prefill(size, done) == pytest.approx(model.step([(size, done)]))
     assert 0 < CPU.least_prefill_s(size, done) < CPU.prefill(size, done) <= CPU.prefill(size, done, chunk_tokens=chunk)
+
+
+def test_steps_of_many_rows_have_prices_of_their_own():
+    aboard_s = 6 * 2e-3 + 600 * 2e-6
+    assert WIDE.step([(121, 512)], [100] * 6) == CPU.step([(121, 512)], [100] * 6)
+    wide_s = 12e-3 + 20e-3 + 122 * 3e-4 + 1e-7 * (122 * 512 + 122 * 123 / 2)
+    assert WIDE.step([(122, 512)], [100] * 6) == pytest.approx(aboard_s + wide_s)
+    assert WIDE.decode(200, 1000) == CPU.decode(200, 1000)
+    assert (WIDE.prefill_token_s(127), WIDE.prefill_token_s(128), CPU.prefill_token_s(128)) == (1e-3, 3e-4, 1e-3)
 
 
 def test_a_prompt_that_is_there_costs_nothing():
@@ -118,6 +138,17 @@ def test_as_many_coefficients_as_samples_explain_anything_and_make_no_sound_fit(
     assert not fit(few).is_sound
 
 
+def test_prices_of_wide_steps_are_found_again_and_need_a_sample():
+    found = fit(samples_of(WIDE), 128)
+    assert found.r2 == pytest.approx(1.0)
+    for each in samples_of(WIDE):
+        assert found.seconds(each.work) == pytest.approx(each.seconds, rel=1e-6)
+    assert fit(samples_of(WIDE)).r2 < 0.99
+    narrow = fit([each for each in samples_of(CPU) if each.work.num_rows < 100], 128)
+    assert narrow.wide_from == 0
+    assert narrow.prefill(1000) > 1.0
+
+
 @pytest.mark.parametrize("samples", [[], [Sample(work=NOTHING, seconds=0.0)]])
 def test_a_fit_needs_steps_that_took_time(samples):
     with pytest.raises(InvalidRequest):
@@ -125,7 +156,7 @@ def test_a_fit_needs_steps_that_took_time(samples):
 
 
 @given(
-    model=models,
+    model=models | wide_models,
     target_s=st.floats(0.0, 2.0),
     aboard=works,
     done=st.integers(0, 8192),
@@ -134,8 +165,10 @@ def test_a_fit_needs_steps_that_took_time(samples):
 def test_the_largest_chunk_ends_in_time_and_the_next_larger_one_does_not(model, target_s, aboard, done, most):
     size = model.largest_chunk(target_s, aboard, done, most)
     assert 1 <= size <= most
+    event("wide" if model.wide_from and size + aboard.num_rows >= model.wide_from else "not wide")
     assert size == 1 or model.seconds(aboard + chunk_work(size, done)) <= target_s
-    assert size == most or model.seconds(aboard + chunk_work(size + 1, done)) > target_s
+    larger = {size + 1, int(model.wide_from) - aboard.num_rows} & set(range(size + 1, most + 1))
+    assert all(model.seconds(aboard + chunk_work(each, done)) > target_s for each in larger)
 
 
 def test_the_largest_chunk_shrinks_with_what_it_attends_to_and_with_the_decodes_aboard():

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ BLOCKS = blocks_wanted(16)
 class TimedRunner(FakeRunner):
     """Takes the time that a cost model says; what it answers is unchanged."""
 
-    def __init__(self, clock, cost=TRUE, factors=None, **options):
-        super().__init__(BLOCKS, **options)
+    def __init__(self, clock, cost=TRUE, factors=None, num_blocks=BLOCKS, **options):
+        super().__init__(num_blocks, **options)
         self.clock, self.cost, self.factors = clock, cost, factors or itertools.repeat(1.0)
 
     def run(self, batch):
@@ -60,6 +61,27 @@ def test_it_ends_in_time_but_for_the_step_under_way(limit_s):
     runner = TimedRunner(clock)
     calibrate(runner, BLOCKS, clock, limit_s)
     assert limit_s <= clock.now() < limit_s + max(found(TRUE))
+
+
+def test_half_of_the_time_is_enough_if_each_step_was_taken_twice():
+    clock = VirtualClock()
+    runner = TimedRunner(clock)
+    calibrate(runner, BLOCKS, clock, limit_s=6.2 * sum(found(TRUE)))
+    assert 3 * len(PROBES) < len(runner.batches) < 4 * len(PROBES)
+    slow = TimedRunner(clock)
+    calibrate(slow, BLOCKS, clock, limit_s=3 * sum(found(TRUE)))
+    assert len(slow.batches) == 2 * len(PROBES)
+
+
+@pytest.mark.parametrize("wide_from", [64, 256, 512])
+def test_steps_of_many_rows_are_measured_where_they_are_computed_another_way(wide_from):
+    clock = VirtualClock()
+    true = replace(TRUE, wide_from=wide_from, wide_prompt_s=20e-3, wide_token_s=3e-4, wide_pair_s=1e-7)
+    blocks = blocks_wanted(16, wide_from)
+    cost = calibrate(TimedRunner(clock, true, num_blocks=blocks), blocks, clock, 10.0, wide_from)
+    assert cost.r2 == pytest.approx(1.0)
+    assert cost.prefill(4096, chunk_tokens=512) == pytest.approx(true.prefill(4096, chunk_tokens=512), rel=1e-3)
+    assert found(cost) == pytest.approx(found(true), rel=1e-3)
 
 
 def test_a_slow_machine_has_measured_something_of_everything_when_half_of_the_steps_are_done():

@@ -114,7 +114,7 @@ def build_machine(config: WorkerConfig) -> Machine:
     fingerprint = model.fingerprint(layout)
     runner = ModelRunner(model, arena, cores.share, pack)
     kept = CostFile(folder, _instance(config, model, fingerprint))
-    cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock())
+    cost = step_cost(runner, arena, cores, config.calibrate_s, kept, WallClock(), _wide_from(model))
     return Machine(model=model, arena=arena, runner=runner, cores=cores, fingerprint=fingerprint, cost=cost)
 
 
@@ -159,8 +159,13 @@ def _kernels(model: Model) -> str:
             return ""
 
 
-def step_cost(
-    runner: Runner, arena: KvArena, cores: Cores, limit_s: float, kept: CostFile, clock: Clock
+def _wide_from(model: Model) -> int:
+    """Return the rows from which on a step is computed another way; 0 if there is one way."""
+    return model.decoder.torch_from if isinstance(model.decoder, RowsDecoder) else 0
+
+
+def step_cost(  # noqa: PLR0913 a machine's parts
+    runner: Runner, arena: KvArena, cores: Cores, limit_s: float, kept: CostFile, clock: Clock, wide_from: int = 0
 ) -> CostModel | None:
     """Return what steps cost: as an earlier start kept it, if a few steps agree, else measured for `limit_s`.
 
@@ -168,7 +173,7 @@ def step_cost(
     """
     if limit_s <= 0:
         return None
-    num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens))
+    num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens, wide_from))
     with cores.turn(limit_s), cores:
         known = kept.read()
         if known is not None:
@@ -176,7 +181,7 @@ def step_cost(
                 if agrees(known, runner, clock):
                     return known
         with filled(arena, num_blocks):
-            cost = calibrate(runner, num_blocks, clock, limit_s)
+            cost = calibrate(runner, num_blocks, clock, limit_s, wide_from)
     if cost is not None:
         kept.write(cost)
     return cost

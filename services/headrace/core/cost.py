@@ -17,8 +17,6 @@ SOUND_R2 = 0.9
 CERTAIN_SHARE = 0.5
 """Share of an estimate that a machine certainly needs: half leaves room for a fit on one that was busy."""
 
-_NUM_COEFFICIENTS = 6
-
 _Vector = npt.NDArray[np.float64]
 
 
@@ -37,6 +35,11 @@ class StepWork:
     prompt_pairs: int = 0
     num_decodes: int = 0
     context_tokens: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens computed."""
+        return self.prompt_tokens + self.num_decodes
 
     def __add__(self, other: "StepWork") -> "StepWork":
         """Return the work of both in one step."""
@@ -86,7 +89,9 @@ class CostModel:
     """Seconds of a step of one instance, linear in what is in it; no coefficient is negative.
 
     Chunks and decodes add up in one step, so one formula answers for steps of either kind and for mixed ones:
-    what a decode gains by riding along is the `step_s` that it does not pay again.
+    what a decode gains by riding along is the `step_s` that it does not pay again. Where steps of many rows are
+    computed another way, such as by a CPU's matrix instructions, what prompts cost in them has coefficients of its
+    own, and a larger step may take less time than a smaller one.
 
     Attributes:
         step_s: Seconds of any step: reading the weights once, launching every operation.
@@ -95,6 +100,10 @@ class CostModel:
         pair_s: Seconds per pair of a prompt token and a token that it attends to.
         decode_s: Seconds per decoding sequence.
         context_s: Seconds per token that a decode attends to.
+        wide_from: Rows, prompt tokens and decodes, from which on a step is computed another way; 0 if none is.
+        wide_prompt_s: What `prompt_s` is in those steps.
+        wide_token_s: What `token_s` is in those steps.
+        wide_pair_s: What `pair_s` is in those steps.
         r2: Share of the samples' variance that the fit explains, at most 1; adjusted for how many coefficients it
             took, and 0 where there were no more samples than those: such a fit explains anything.
     """
@@ -105,6 +114,10 @@ class CostModel:
     pair_s: float
     decode_s: float
     context_s: float
+    wide_from: float = 0.0
+    wide_prompt_s: float = 0.0
+    wide_token_s: float = 0.0
+    wide_pair_s: float = 0.0
     r2: float = 1.0
 
     @property
@@ -116,14 +129,10 @@ class CostModel:
         """Return the seconds of one step; a step of nothing takes none."""
         if work == NOTHING:
             return 0.0
-        return (
-            self.step_s
-            + (self.prompt_s if work.prompt_tokens else 0.0)
-            + self.token_s * work.prompt_tokens
-            + self.pair_s * work.prompt_pairs
-            + self.decode_s * work.num_decodes
-            + self.context_s * work.context_tokens
-        )
+        aboard_s = self.decode_s * work.num_decodes + self.context_s * work.context_tokens
+        if not work.prompt_tokens:
+            return self.step_s + aboard_s
+        return aboard_s + self._prompt(work.prompt_tokens, work.prompt_pairs, work.num_rows)
 
     def step(self, chunks: Iterable[tuple[int, int]] = (), contexts: Iterable[int] = ()) -> float:
         """Return the seconds of a step of chunks, decodes or both.
@@ -144,9 +153,19 @@ class CostModel:
         """
         if num_tokens <= 0:
             return 0.0
-        # The pairs of consecutive chunks add up to those of one, so only what each step costs anew differs.
-        num_more = math.ceil(num_tokens / chunk_tokens) - 1 if chunk_tokens else 0
-        return self.seconds(chunk_work(num_tokens, num_done)) + num_more * (self.step_s + self.prompt_s)
+        chunk = min(num_tokens, chunk_tokens or num_tokens)
+        num_full, num_rest = divmod(num_tokens, chunk)
+        num_first = num_tokens - num_rest
+        # The pairs of consecutive chunks add up to those of one. No values are built: a plan asks a hundred times.
+        seconds = self._prompt(num_first, num_first * (2 * num_done + num_first + 1) // 2, chunk, num_full)
+        if num_rest:
+            num_done += num_first
+            seconds += self._prompt(num_rest, num_rest * (2 * num_done + num_rest + 1) // 2, num_rest)
+        return seconds
+
+    def prefill_token_s(self, num_rows: int) -> float:
+        """Return the seconds of a prompt token in a step of so many rows, without what it attends to."""
+        return self.wide_token_s if self._is_wide(num_rows) else self.token_s
 
     def least_prefill_s(self, num_tokens: int, num_done: int = 0) -> float:
         """Return seconds that the rest of a prompt takes for certain, even alone and first; a bound to refuse by."""
@@ -165,24 +184,48 @@ class CostModel:
             num_done: Tokens of the prompt computed before.
             most: Largest answer.
         """
-        sizes = range(1, most + 1)
-        return max(1, bisect_right(sizes, target_s, key=lambda size: self.seconds(aboard + chunk_work(size, num_done))))
+
+        def largest(sizes: range) -> int:
+            num = bisect_right(sizes, target_s, key=lambda size: self.seconds(aboard + chunk_work(size, num_done)))
+            return sizes[num - 1] if num else 0
+
+        # Time grows with the size but where wide steps begin.
+        first_wide = max(1, int(self.wide_from) - aboard.num_rows) if self.wide_from else most + 1
+        return largest(range(first_wide, most + 1)) or largest(range(1, min(first_wide, most + 1))) or 1
+
+    def _is_wide(self, num_rows: int) -> bool:
+        return 0 < self.wide_from <= num_rows
+
+    def _prompt(self, num_tokens: int, num_pairs: int, num_rows: int, num_steps: int = 1) -> float:
+        """Return the seconds of steps of so many rows each, of which these tokens are prompts', without decodes."""
+        if self._is_wide(num_rows):
+            each_s = self.step_s + self.wide_prompt_s
+            return num_steps * each_s + self.wide_token_s * num_tokens + self.wide_pair_s * num_pairs
+        return num_steps * (self.step_s + self.prompt_s) + self.token_s * num_tokens + self.pair_s * num_pairs
 
 
-def fit(samples: Sequence[Sample]) -> CostModel:
+def fit(samples: Sequence[Sample], wide_from: int = 0) -> CostModel:
     """Return the model of least squared relative error, without negative coefficients.
 
     Relative, because a step of one decode is to be right by a millisecond and one of a long chunk by many.
+
+    Args:
+        samples: Measured steps.
+        wide_from: Rows from which on steps are computed another way, or 0; without a sample of those they are taken
+            to be like all others.
 
     Raises:
         InvalidRequest: there is no sample, or one took no time.
     """
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise InvalidRequest(f"a fit needs steps that took time; found {len(samples)} samples", field="samples")
-    rows = np.array([_row(sample.work) for sample in samples], dtype=np.float64)
+    if not any(_is_wide_prompt(sample.work, wide_from) for sample in samples):
+        wide_from = 0
+    rows = np.array([_row(sample.work, wide_from) for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples], dtype=np.float64)
     found = _non_negative(rows / seconds[:, None])
-    step_s, prompt_s, token_s, pair_s, decode_s, context_s = (float(value) for value in found)
+    step_s, decode_s, context_s, *prompts = (float(value) for value in found)
+    prompt_s, token_s, pair_s, wide_prompt_s, wide_token_s, wide_pair_s = prompts
     return CostModel(
         step_s=step_s,
         prompt_s=prompt_s,
@@ -190,6 +233,10 @@ def fit(samples: Sequence[Sample]) -> CostModel:
         pair_s=pair_s,
         decode_s=decode_s,
         context_s=context_s,
+        wide_from=wide_from,
+        wide_prompt_s=wide_prompt_s,
+        wide_token_s=wide_token_s,
+        wide_pair_s=wide_pair_s,
         r2=_adjusted_r2(seconds, rows @ found, int((found > 0).sum())),
     )
 
@@ -203,15 +250,15 @@ def _adjusted_r2(measured: _Vector, fitted: _Vector, num_used: int) -> float:
     return 1.0 - error / num_free / (spread / (len(measured) - 1))
 
 
-def _row(work: StepWork) -> tuple[float, ...]:
-    return (
-        1.0,
-        float(work.prompt_tokens > 0),
-        work.prompt_tokens,
-        work.prompt_pairs,
-        work.num_decodes,
-        work.context_tokens,
-    )
+def _is_wide_prompt(work: StepWork, wide_from: int) -> bool:
+    return work.prompt_tokens > 0 and 0 < wide_from <= work.num_rows
+
+
+def _row(work: StepWork, wide_from: int) -> tuple[float, ...]:
+    prompt = (float(work.prompt_tokens > 0), work.prompt_tokens, work.prompt_pairs)
+    nothing = (0.0, 0.0, 0.0)
+    prompts = (*nothing, *prompt) if _is_wide_prompt(work, wide_from) else (*prompt, *nothing)
+    return (1.0, work.num_decodes, work.context_tokens, *prompts)
 
 
 def _non_negative(rows: _Vector) -> _Vector:
@@ -220,14 +267,15 @@ def _non_negative(rows: _Vector) -> _Vector:
     The optimum solves the plain problem on the coefficients that are above 0 in it, and with so few of them every
     set can be tried.
     """
-    scale = np.maximum(np.abs(rows).max(axis=0), np.finfo(np.float64).tiny)
-    best, least = np.zeros(_NUM_COEFFICIENTS), math.inf
-    for size in range(1, _NUM_COEFFICIENTS + 1):
-        for chosen in map(list, combinations(range(_NUM_COEFFICIENTS), size)):
+    scale = np.abs(rows).max(axis=0)
+    used = np.flatnonzero(scale)
+    best, least = np.zeros(rows.shape[1]), math.inf
+    for size in range(1, len(used) + 1):
+        for chosen in map(list, combinations(used, size)):
             scaled = rows[:, chosen] / scale[chosen]
             found = np.linalg.lstsq(scaled, np.ones(len(rows)), rcond=None)[0]
             error = float(((scaled @ found - 1.0) ** 2).sum())
             if found.min() >= 0 and error < least:
-                best, least = np.zeros(_NUM_COEFFICIENTS), error
+                best, least = np.zeros(rows.shape[1]), error
                 best[chosen] = found / scale[chosen]
     return best

@@ -340,19 +340,13 @@ def _compute_s(prompt: Prompt, cost: CostModel | None, num_present: int) -> floa
         return 0.0
     num_done = num_present * prompt.block_tokens
     num_left = prompt.num_tokens - num_done
-    return _tokens_s(cost, num_done, num_left, prompt.chunk_tokens)
-
-
-def _tokens_s(cost: CostModel, num_done: int, num_left: int, chunk_tokens: int | None) -> float:
-    num_steps = math.ceil(num_left / chunk_tokens) if chunk_tokens else 1
-    # `cost.prefill` written out: a plan asks a hundred times, and building its values took a third of the plan.
-    num_pairs = num_left * (2 * num_done + num_left + 1) // 2
-    return num_steps * (cost.step_s + cost.prompt_s) + cost.token_s * num_left + cost.pair_s * num_pairs
+    return cost.prefill(num_left, num_done, chunk_tokens=prompt.chunk_tokens)
 
 
 def _wait_s(prompt: Prompt, cost: CostModel | None) -> float:
     """Return the seconds of what the engine has to compute first, without what its tokens attend to: a bound."""
-    return cost.token_s * prompt.waiting_tokens if cost else 0.0
+    num_waiting = prompt.waiting_tokens
+    return cost.prefill_token_s(prompt.chunk_tokens or num_waiting) * num_waiting if cost else 0.0
 
 
 def _parts(pieces: Sequence[_Piece], shares: Sequence[_Share], sources: Sequence[Source]) -> tuple[Part, ...]:
@@ -412,7 +406,7 @@ def _finish(
 def _first_step_s(prompt: Prompt, cost: CostModel, num_present: int) -> float:
     num_done = num_present * prompt.block_tokens
     num_tokens = min(prompt.num_tokens - num_done, prompt.chunk_tokens or prompt.num_tokens)
-    return _tokens_s(cost, num_done, num_tokens, None)
+    return cost.prefill(num_tokens, num_done)
 
 
 def _layered_from(parts: Sequence[Part], fetch_s: float, wait_s: float, step_s: float) -> int | None:

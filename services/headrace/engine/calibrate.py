@@ -68,6 +68,12 @@ PROBES = (
 )
 """Powers of two; cheap ones first, so that a slow machine has measured something of everything when time is up."""
 
+WIDE_CHUNK = 512
+"""Prompt tokens of a step by default."""
+
+LEAST_TIMES = 2
+"""Times that each step is taken if there is time; what is left of the first half is for more."""
+
 CHECKED = (Probe(contexts=(16,)), Probe(chunk=(16, 0)))
 """The cheapest step of either kind: what weights and kernels cost is in them."""
 
@@ -87,8 +93,16 @@ def agrees(cost: CostModel, runner: Runner, clock: Clock) -> bool:
     return True
 
 
-def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float) -> CostModel | None:
-    """Time steps until `limit_s` has passed and fit a model to them.
+def probes_for(wide_from: int) -> tuple[Probe, ...]:
+    """Return the steps to measure where those from so many rows on are computed another way, or none is for 0."""
+    if not wide_from:
+        return PROBES
+    chunk = max(WIDE_CHUNK, 2 * wide_from)
+    return (*PROBES, Probe(chunk=(wide_from, 0)), Probe(chunk=(chunk, 0)), Probe(chunk=(chunk, 1024)))
+
+
+def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float, wide_from: int = 0) -> CostModel | None:
+    """Time steps until each was taken twice and half of `limit_s` has passed, or all of it, and fit a model to them.
 
     The steps go round and round; the first time of each, which pays for memory and caches, counts only if there is
     no other, and of the rest the median does. KV in blocks 0 to `num_blocks` is overwritten.
@@ -98,16 +112,22 @@ def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float) -> 
         num_blocks: Blocks that may be used; steps that need more are left out.
         clock: Measures.
         limit_s: When to stop; the step under way is finished.
+        wide_from: Rows from which on the runner computes another way; 0 if it does not.
 
     Returns:
         The model, or None where time or blocks were too few for one.
     """
-    end_s = clock.now() + limit_s
-    probes = [probe for probe in PROBES if _fits(runner, probe, num_blocks)]
+    begun_s = clock.now()
+    probes = [probe for probe in probes_for(wide_from) if _fits(runner, probe, num_blocks)]
     times: dict[Probe, list[float]] = {probe: [] for probe in probes}
-    while probes and clock.now() < end_s:
+
+    def is_over() -> bool:
+        is_enough = min(map(len, times.values())) >= LEAST_TIMES
+        return clock.now() - begun_s >= (limit_s / 2 if is_enough else limit_s)
+
+    while probes and not is_over():
         for probe in probes:
-            if clock.now() >= end_s:
+            if is_over():
                 break
             times[probe].append(_seconds(runner, probe, clock))
     samples = [
@@ -118,7 +138,7 @@ def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float) -> 
     if len(samples) < LEAST_SAMPLES:
         logger.warning("too few steps to model their cost", extra={"num_samples": len(samples), "limit_s": limit_s})
         return None
-    cost = fit(samples)
+    cost = fit(samples, wide_from)
     level = logging.INFO if cost.is_sound else logging.WARNING
     num_steps = sum(map(len, times.values()))
     logger.log(
@@ -141,9 +161,9 @@ def filled(arena: KvArena, num_blocks: int) -> Iterator[None]:
         blocks.zero_()
 
 
-def blocks_wanted(block_tokens: int) -> int:
+def blocks_wanted(block_tokens: int, wide_from: int = 0) -> int:
     """Return how many blocks the largest step needs."""
-    return max(_num_blocks(probe, block_tokens) for probe in PROBES)
+    return max(_num_blocks(probe, block_tokens) for probe in probes_for(wide_from))
 
 
 def _num_blocks(probe: Probe, block_tokens: int) -> int:

@@ -47,6 +47,10 @@ _COST_GAUGES: dict[str, tuple[str, _Reading]] = {
     "prompt_pair_cost_seconds": ("Cost per token that a prompt token attends to.", lambda load: load.cost.pair_s),
     "decode_cost_seconds": ("Cost per decoding sequence.", lambda load: load.cost.decode_s),
     "context_token_cost_seconds": ("Cost per token that a decode attends to.", lambda load: load.cost.context_s),
+    "wide_cost_rows": ("Rows from which on steps cost the following; 0 if none do.", lambda load: load.cost.wide_from),
+    "wide_prompt_step_cost_seconds": ("Cost that prompt tokens add to it.", lambda load: load.cost.wide_prompt_s),
+    "wide_prompt_token_cost_seconds": ("Cost per prompt token of it.", lambda load: load.cost.wide_token_s),
+    "wide_prompt_pair_cost_seconds": ("Cost per pair of it.", lambda load: load.cost.wide_pair_s),
     "cost_r2": ("Share of the measured variance that the costs explain.", lambda load: load.cost.r2),
 }
 _WORKER_COUNTERS: dict[str, tuple[str, _Reading]] = {

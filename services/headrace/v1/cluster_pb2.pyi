@@ -441,6 +441,10 @@ class StepCost(_message.Message):
     DECODE_S_FIELD_NUMBER: _builtins.int
     CONTEXT_S_FIELD_NUMBER: _builtins.int
     R2_FIELD_NUMBER: _builtins.int
+    WIDE_FROM_FIELD_NUMBER: _builtins.int
+    WIDE_PROMPT_S_FIELD_NUMBER: _builtins.int
+    WIDE_TOKEN_S_FIELD_NUMBER: _builtins.int
+    WIDE_PAIR_S_FIELD_NUMBER: _builtins.int
     step_s: _builtins.float
     """Any step."""
     prompt_s: _builtins.float
@@ -457,6 +461,16 @@ class StepCost(_message.Message):
     """Share of the measured variance that this explains, at most 1, adjusted for the number
     of coefficients.
     """
+    wide_from: _builtins.float
+    """Rows, which are prompt tokens and decodes, from which on a step is computed another way
+    and costs the following instead of the above; 0 if none is.
+    """
+    wide_prompt_s: _builtins.float
+    """More for such a step that has prompt tokens."""
+    wide_token_s: _builtins.float
+    """Per prompt token of such a step."""
+    wide_pair_s: _builtins.float
+    """Per pair of such a step."""
     def __init__(
         self,
         *,
@@ -467,10 +481,14 @@ class StepCost(_message.Message):
         decode_s: _builtins.float = ...,
         context_s: _builtins.float = ...,
         r2: _builtins.float = ...,
+        wide_from: _builtins.float = ...,
+        wide_prompt_s: _builtins.float = ...,
+        wide_token_s: _builtins.float = ...,
+        wide_pair_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_s", b"context_s", "decode_s", b"decode_s", "pair_s", b"pair_s", "prompt_s", b"prompt_s", "r2", b"r2", "step_s", b"step_s", "token_s", b"token_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_s", b"context_s", "decode_s", b"decode_s", "pair_s", b"pair_s", "prompt_s", b"prompt_s", "r2", b"r2", "step_s", b"step_s", "token_s", b"token_s", "wide_from", b"wide_from", "wide_pair_s", b"wide_pair_s", "wide_prompt_s", b"wide_prompt_s", "wide_token_s", b"wide_token_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

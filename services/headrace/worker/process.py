@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from headrace.clock import Clock
 from headrace.core.cost import CostModel
@@ -235,15 +235,7 @@ def _ledger(stats: EngineStats) -> cluster_pb2.LedgerReport:
 
 
 def _cost(cost: CostModel) -> cluster_pb2.StepCost:
-    return cluster_pb2.StepCost(
-        step_s=cost.step_s,
-        prompt_s=cost.prompt_s,
-        token_s=cost.token_s,
-        pair_s=cost.pair_s,
-        decode_s=cost.decode_s,
-        context_s=cost.context_s,
-        r2=cost.r2,
-    )
+    return cluster_pb2.StepCost(**asdict(cost))
 
 
 def _reuse(reuse: Reuse) -> cluster_pb2.ReuseReport:

@@ -33,11 +33,12 @@ of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-
 several times faster.
 """
 
-ROUNDS = 2
-"""Times that each number of rows is taken with either path; the first pays for memory."""
+ROUNDS = 4
+"""Times that each number of rows is taken with either path; the first pays for memory, and any may be disturbed: with
+two, one of six starts found torch as slow as the kernels where it is twice as fast (2-core Xeon, 2026-11-22)."""
 
 LIMIT_S = 2.0
-"""Longest time of measuring; SmolLM2 takes 0.5 s where nothing else runs (2-core Zen 3, 2026-11-21)."""
+"""Longest time of measuring; SmolLM2 takes 1 s where nothing else runs (2-core Zen 3)."""
 
 LEAST_KEPT = 64
 """Rows that a table must reach to be kept: a large model gets no further, a busy machine hardly as far."""
