@@ -82,6 +82,8 @@ class Feeder:
         for start in range(0, len(hashes), NUM_BLOCKS):
             batch = hashes[start : start + NUM_BLOCKS]
             put = await client.reserve(batch, num_blocks_before=start)
+            if put.num_refused:
+                raise RuntimeError(f"the store has no room for {put.num_refused} blocks")
             if not put.indices:
                 continue  # all are stored
             named = [batch[index] for index in put.indices]

@@ -150,7 +150,7 @@ class Worker(Service):
             try:
                 return self._ask(prompt, sources, begun_s)
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.ABORTED:
+                if error.code() is not grpc.StatusCode.ABORTED or time.perf_counter() - begun_s > REQUEST_S:
                     raise
 
     def _ask(self, prompt: Sequence[int], sources: Sequence[CachedPrefix], begun_s: float) -> Answer:

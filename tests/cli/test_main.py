@@ -106,6 +106,7 @@ def test_a_bad_option_ends_with_status_2_and_one_line(tmp_path: Path, arguments:
         ("HEADRACE_WORKER_KV_MEMORY_BYTES", "0", "(HEADRACE_WORKER_KV_MEMORY_BYTES)"),
         ("HEADRACE_KVSTORE_EVICTION", "fifo", "(HEADRACE_KVSTORE_EVICTION)"),
         ("HEADRACE_WORKER_REDIS__URL", "redis://:hunter2@host/-3", "(HEADRACE_WORKER_REDIS__URL)"),
+        ("HEADRACE_WORKER_GRPC_PORT", "5000", "HEADRACE_WORKER_GRPC_PORT: `headrace up` chooses ports itself"),
         ("HEADRACE_ROUTER_DRIFT", "1", "unknown key 'HEADRACE_ROUTER_DRIFT' in the environment"),
     ],
 )

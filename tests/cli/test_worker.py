@@ -1,3 +1,4 @@
+import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
 from headrace.engine.arena import KvArena
-from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted
+from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted, probes_for
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.packing import PaddedRows
@@ -94,14 +95,14 @@ def test_varlen_packs_nothing():
 
 
 LIMIT_S = 20.0
-BLOCKS = blocks_wanted(16)
+BLOCKS = blocks_wanted(16, probes_for(256))
 
 
 class Start:
     """One start of a worker whose steps take `slowness` times what COST says."""
 
-    def __init__(self, folder, slowness=1.0, limit_s=LIMIT_S):
-        self.clock, self.slowness, self.num_steps = VirtualClock(), slowness, 0
+    def __init__(self, folder, slowness=1.0, limit_s=LIMIT_S, cost=COST):
+        self.clock, self.slowness, self.num_steps, self.true = VirtualClock(), slowness, 0, cost
         self.fake = FakeRunner(BLOCKS)
         self.layout, self.vocab_size = self.fake.layout, self.fake.vocab_size
         self.max_context_tokens = self.fake.max_context_tokens
@@ -111,7 +112,8 @@ class Start:
             BLOCKS,
             torch.device("cpu"),
         )
-        self.cost = step_cost(self, arena, Cores(1), limit_s, CostFile(folder, instance), self.clock)
+        file = CostFile(folder, instance)
+        self.cost = step_cost(self, arena, Cores(1), limit_s, file, self.clock, cost.wide_from)
         assert not arena.data.any()
 
     def run(self, batch):
@@ -119,7 +121,7 @@ class Start:
         sizes = [(len(item.token_ids), item.kv_start) for item in batch.items]
         work = decode_work(done + 1 for size, done in sizes if size == 1)
         work = sum((chunk_work(size, done) for size, done in sizes if size > 1), work)
-        self.clock.advance(self.slowness * COST.seconds(work))
+        self.clock.advance(self.slowness * self.true.seconds(work))
         return self.fake.run(batch)
 
 
@@ -137,6 +139,16 @@ def test_a_machine_that_became_faster_or_slower_is_measured_again_and_that_is_ke
         slowness * first.cost.seconds(PROBES[0].work), rel=0.01
     )
     assert third.cost == changed.cost
+
+
+def test_long_steps_are_measured_and_checked_where_they_are_computed_another_way(tmp_path):
+    wide = dataclasses.replace(COST, wide_from=256, wide_prompt_s=1e-3, wide_token_s=COST.token_s / 3)
+    first, second = Start(tmp_path, cost=wide), Start(tmp_path, cost=wide)
+    assert first.cost.prefill(2048, chunk_tokens=512) == pytest.approx(wide.prefill(2048, chunk_tokens=512), rel=0.01)
+    assert second.cost == first.cost
+    slow = dataclasses.replace(wide, wide_token_s=10 * wide.wide_token_s)
+    for other in (COST, slow):
+        assert Start(tmp_path, cost=other).cost.prefill(512) == pytest.approx(other.prefill(512), rel=0.01)
 
 
 def test_a_worker_that_is_not_to_measure_takes_no_kept_cost_either(tmp_path):

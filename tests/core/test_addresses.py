@@ -24,8 +24,8 @@ def test_a_name_is_one_word(name):
     ["foo", "foo:", ":1", "foo:x", "foo:0", "foo:65536", "foo:-1", "", "a b:1", "http://x:80", "::1:1", "a\t:1"],
 )
 def test_an_address_has_a_host_and_a_port(address):
-    check_addresses(("127.0.0.1:1", "[::1]:1", "store.example:65535"), "siblings")
-    with pytest.raises(ConfigError, match=re.escape(f"found {address!r}")):
+    check_addresses(("127.0.0.1:1", "[::1]:1", "[fe80::1%eth0.100]:1", "store.example:65535"), "siblings")
+    with pytest.raises(ConfigError, match="siblings wants host:port.*" + re.escape(f"found {address!r}")):
         check_addresses(("127.0.0.1:1", address), "siblings")
 
 

@@ -80,6 +80,8 @@ def test_a_prompt_costs_the_sum_of_its_chunks(size, done, chunk):
         assert model.prefill(size, done, chunk_tokens=chunk) == pytest.approx(sum(model.step([cut]) for cut in cuts))
         assert model.prefill(size, done) == pytest.approx(model.step([(size, done)]))
     assert 0 < CPU.least_prefill_s(size, done) < CPU.prefill(size, done) <= CPU.prefill(size, done, chunk_tokens=chunk)
+    aboard = WIDE.step([(size, done)], [100] * 128) - WIDE.decode(128, 128 * 100)
+    assert WIDE.least_prefill_s(size, done) < min(WIDE.prefill(size, done), aboard + WIDE.step_s)
 
 
 def test_steps_of_many_rows_have_prices_of_their_own():
@@ -144,9 +146,11 @@ def test_prices_of_wide_steps_are_found_again_and_need_a_sample():
     for each in samples_of(WIDE):
         assert found.seconds(each.work) == pytest.approx(each.seconds, rel=1e-6)
     assert fit(samples_of(WIDE)).r2 < 0.99
-    narrow = fit([each for each in samples_of(CPU) if each.work.num_rows < 100], 128)
-    assert narrow.wide_from == 0
-    assert narrow.prefill(1000) > 1.0
+    narrow = [each for each in samples_of(WIDE) if each.work.num_rows < 128]
+    wide = [each for each in samples_of(WIDE) if each.work.num_rows >= 128]
+    assert fit(narrow).is_sound
+    for some in ([], wide[:1], wide[:3]):
+        assert not fit([*narrow, *some], 128).is_sound
 
 
 @pytest.mark.parametrize("samples", [[], [Sample(work=NOTHING, seconds=0.0)]])
@@ -167,7 +171,7 @@ def test_the_largest_chunk_ends_in_time_and_the_next_larger_one_does_not(model, 
     assert 1 <= size <= most
     event("wide" if model.wide_from and size + aboard.num_rows >= model.wide_from else "not wide")
     assert size == 1 or model.seconds(aboard + chunk_work(size, done)) <= target_s
-    larger = {size + 1, int(model.wide_from) - aboard.num_rows} & set(range(size + 1, most + 1))
+    larger = {size + 1, model.wide_from - aboard.num_rows} & set(range(size + 1, most + 1))
     assert all(model.seconds(aboard + chunk_work(each, done)) > target_s for each in larger)
 
 

@@ -131,7 +131,7 @@ def test_without_a_sound_model_all_is_fetched(cost):
     plan = plan_fetch(PROMPT, cost, [source(speed=SLOW)])
     assert plan.num_blocks == 100
     assert plan.predicted_recompute_s is None
-    assert plan.patience_s == plan.lost_after_s(0, 0.0) == PROMPT.remaining_s
+    assert plan.patience_s == plan.lost_after_s(0, 0.0, is_layered=True) == PROMPT.remaining_s
     assert regret_s(plan, 1e6) == 0.0
 
 
@@ -248,8 +248,10 @@ def test_what_lands_pays_for_its_time():
 
 def test_a_read_in_flight_is_given_the_same_patience_again():
     plan = plan_fetch(PROMPT, CPU, [source()])
-    assert plan.lost_after_s(0, 0.0) == pytest.approx(2 * plan.patience_s)
-    assert plan.lost_after_s(50, 0.0) == pytest.approx(2 * plan.patience_s + plan.predicted_recompute_s / 2)
+    assert plan.lost_after_s(0, 0.0, is_layered=False) == pytest.approx(2 * plan.patience_s)
+    assert plan.lost_after_s(50, 9.0, is_layered=False) == pytest.approx(
+        2 * plan.patience_s + plan.predicted_recompute_s / 2
+    )
 
 
 @given(st.integers(100, 8192), st.integers(16, 8192), st.integers(1, 2048), st.floats(0.05, 0.9))
@@ -262,14 +264,14 @@ def test_a_lane_as_fast_as_predicted_is_not_given_up_while_layers_are_read(num_h
     if plan.layered_from is not None:
         num_whole = plan.layered_from - plan.parts[0].start
         whole_s = lane.seconds(num_whole * prompt.block_bytes)
-        assert plan.lost_after_s(num_whole, whole_s) >= plan.predicted_fetch_s
+        assert plan.lost_after_s(num_whole, whole_s, is_layered=True) >= plan.predicted_fetch_s
 
 
 def test_no_patience_outlasts_the_deadline():
     plan = plan_fetch(replace(PROMPT, remaining_s=0.5), CPU, [source()])
     assert plan.may_go_on(100, 0.5)
     assert not plan.may_go_on(100, 0.51)
-    assert plan.lost_after_s(100, 0.4) == 0.5
+    assert plan.lost_after_s(100, 0.4, is_layered=True) == 0.5
 
 
 def test_patience_is_two_first_groups_and_a_small_share_of_the_prompt():
@@ -342,9 +344,10 @@ def fetched_s(plan, group_s, prompt):
             return elapsed_s, landed
         size = min(plan.group_blocks, plan.num_blocks - landed)
         took_s = group_s(size * prompt.block_bytes, is_first=not landed)
-        if elapsed_s + took_s > plan.lost_after_s(landed, elapsed_s):
+        lost_s = plan.lost_after_s(landed, elapsed_s, is_layered=False)
+        if elapsed_s + took_s > lost_s:
             # A READ that may still land: the sequence starts anew in other blocks, with nothing.
-            return plan.lost_after_s(landed, elapsed_s), 0
+            return lost_s, 0
         elapsed_s, landed = elapsed_s + took_s, landed + size
     return elapsed_s, landed
 

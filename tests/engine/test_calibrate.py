@@ -11,7 +11,7 @@ from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
 from headrace.engine.arena import KvArena
-from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, agrees, blocks_wanted, calibrate, filled
+from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, agrees, blocks_wanted, calibrate, filled, probes_for
 from headrace.testing.runner import FakeRunner
 
 TRUE = CostModel(step_s=10e-3, prompt_s=5e-3, token_s=1e-3, pair_s=4e-7, decode_s=2e-3, context_s=2e-6)
@@ -77,9 +77,11 @@ def test_half_of_the_time_is_enough_if_each_step_was_taken_twice():
 def test_steps_of_many_rows_are_measured_where_they_are_computed_another_way(wide_from):
     clock = VirtualClock()
     true = replace(TRUE, wide_from=wide_from, wide_prompt_s=20e-3, wide_token_s=3e-4, wide_pair_s=1e-7)
-    blocks = blocks_wanted(16, wide_from)
-    cost = calibrate(TimedRunner(clock, true, num_blocks=blocks), blocks, clock, 10.0, wide_from)
+    blocks = blocks_wanted(16, probes_for(wide_from))
+    cost = calibrate(TimedRunner(clock, true, num_blocks=blocks), blocks, clock, 20.0, wide_from)
     assert cost.r2 == pytest.approx(1.0)
+    few = calibrate(TimedRunner(clock, true, num_blocks=blocks), blocks, clock, sum(found(true)), wide_from)
+    assert few.is_sound is (wide_from == 64)
     assert cost.prefill(4096, chunk_tokens=512) == pytest.approx(true.prefill(4096, chunk_tokens=512), rel=1e-3)
     assert found(cost) == pytest.approx(found(true), rel=1e-3)
 

@@ -191,7 +191,16 @@ async def test_an_engine_of_another_model_is_not_followed(serve, context, addres
 
 @pytest.mark.parametrize(
     "engines",
-    [("pod",), ("po d=tcp://h:1",), ("p=h:1",), ("p=tcp://h:1 h:2",), ("p=tcp://h:99999",), ("p=tcp://h:1",) * 2],
+    [
+        ("pod",),
+        ("po d=tcp://h:1",),
+        ("p=h:1",),
+        ("p=tcp://h:1 h:2",),
+        ("p=tcp://h:99999",),
+        ("p=ipc://a ipc://b tcp://h:1",),
+        ("p=ipc://a\tb",),
+        ("p=tcp://h:1",) * 2,
+    ],
 )
 def test_engines_that_are_not_understood_are_refused(engines):
     with pytest.raises(ConfigError):

@@ -246,8 +246,9 @@ async def test_a_read_that_stalls_costs_its_blocks_but_not_those_that_had_landed
 
 
 async def test_a_lane_whose_read_was_given_up_is_known_once_that_has_ended(stack, opened, monkeypatch):
-    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
+    desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.05))
     monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
+    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 0.2)
     monkeypatch.setattr(pool_link, "HASTY_S", math.inf)
     num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
     meter = desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
@@ -255,7 +256,7 @@ async def test_a_lane_whose_read_was_given_up_is_known_once_that_has_ended(stack
     with pytest.raises(BlockLost):
         await desk.fetch(desk.hint())
     guessed_s = meter.seconds(num_bytes, desk.fleet.clock.now())
-    assert guessed_s > NUM_BLOCKS * BLOCK_TOKENS * 0.01
+    assert guessed_s > NUM_BLOCKS * BLOCK_TOKENS * 0.05
     staller.end()
     await desk.fleet.at_rest("h1")
     assert meter.seconds(num_bytes, desk.fleet.clock.now()) < guessed_s / 3
@@ -265,6 +266,7 @@ async def test_a_lane_whose_read_was_given_up_is_known_once_that_has_ended(stack
 async def test_a_read_that_was_given_up_and_never_lands_tells_nothing_of_the_lane(stack, opened, monkeypatch):
     desk = await opened(stack, cost=dataclasses.replace(SLOW, token_s=0.01))
     monkeypatch.setattr(fetch_plan, "LEAST_HIDDEN_S", math.inf)
+    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 1.0)
     num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
     meter = desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
     Staller(desk, 1)
@@ -327,16 +329,20 @@ async def test_the_time_of_connecting_is_not_that_of_the_lane(stack, opened, mon
     num_bytes = NUM_BLOCKS * desk.owner.runner.blocks.shape[1]
     link, meter = desk.pool(desk.owner.lane.address).reader.link, desk.pool(desk.owner.lane.address).meter(Tier.DEVICE)
     step = "meet" if when == "met first" else "agent"
-    connect = getattr(link, step)
+    connect, asked = getattr(link, step), []
+    monkeypatch.setattr(fetch_plan, "LOSS_SHARE", 1.0)
+    await link.parts.peers.ensure(link.address)
 
     async def slowly(*args):
-        await asyncio.sleep(0.1)
+        asked.append(args)
+        await asyncio.sleep(0.4)
         return await connect(*args)
 
     monkeypatch.setattr(link, step, slowly)
     known_s = meter.seconds(num_bytes, desk.fleet.clock.now())
     assert (await desk.fetch(desk.hint()))[0] == 0
     assert meter.seconds(num_bytes, desk.fleet.clock.now()) == known_s
+    assert len(asked) == 1
     monkeypatch.setattr(link, step, connect)
     assert (await desk.fetch(desk.hint()))[0] == NUM_BLOCKS * BLOCK_TOKENS
 

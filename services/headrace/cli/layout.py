@@ -168,6 +168,10 @@ def check(layout: Layout, env: Mapping[str, str]) -> None:
     needed |= {name: (KvStoreConfig, "kvstore", {"name": name}) for name in _store_names(layout.kvstores)}
     for name, role in zip(_names(layout.roles), layout.roles, strict=True):
         needed[name] = WorkerConfig, "worker", {"name": name, "role": role, "model": layout.model}
+    for section in ("ROUTER", "KVSTORE", "WORKER"):
+        for variable in (f"HEADRACE_{section}_{name.upper()}" for name in CHOSEN):
+            if variable in env:
+                raise _chosen(variable)
     for name, (config, section, known) in needed.items():
         if f"HEADRACE_{section.upper()}_REDIS__URL" not in env:
             # All services get one, if only the cluster's own.
@@ -182,6 +186,14 @@ def check(layout: Layout, env: Mapping[str, str]) -> None:
             overrides=known | given,
             flag=partial(_flag, section, name, own),
         )
+
+
+def _chosen(given: str) -> ConfigError:
+    return ConfigError(
+        f"{given}: `headrace up` chooses ports itself; say where to begin by HEADRACE_RUN_GRPC_PORT and "
+        "HEADRACE_RUN_HTTP_PORT",
+        field=given,
+    )
 
 
 def _flag(section: str, name: str, own: Mapping[str, str], field: str) -> str:
@@ -336,10 +348,6 @@ def _overrides(assignments: Sequence[str], names: set[str]) -> dict[str, dict[st
                 field="--set",
             )
         if field in CHOSEN:
-            raise ConfigError(
-                f"--set {name}: `headrace up` chooses ports itself; say where to begin by "
-                "HEADRACE_RUN_GRPC_PORT and HEADRACE_RUN_HTTP_PORT",
-                field="--set",
-            )
+            raise _chosen(f"--set {name}")
         overrides.setdefault(target, {})[field] = value
     return overrides

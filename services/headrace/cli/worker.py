@@ -25,7 +25,7 @@ from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Runner
-from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, filled
+from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, checked_for, filled, probes_for
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.engine import Engine, EngineConfig
@@ -173,11 +173,13 @@ def step_cost(  # noqa: PLR0913 a machine's parts
     """
     if limit_s <= 0:
         return None
-    num_blocks = min(arena.num_blocks, blocks_wanted(arena.layout.block_tokens, wide_from))
+    block_tokens = arena.layout.block_tokens
+    num_checked = min(arena.num_blocks, blocks_wanted(block_tokens, checked_for(wide_from)))
+    num_blocks = min(arena.num_blocks, blocks_wanted(block_tokens, probes_for(wide_from)))
     with cores.turn(limit_s), cores:
         known = kept.read()
-        if known is not None:
-            with filled(arena, num_blocks=1):
+        if known is not None and known.wide_from == wide_from:
+            with filled(arena, num_checked):
                 if agrees(known, runner, clock):
                     return known
         with filled(arena, num_blocks):

@@ -7,7 +7,7 @@ from headrace.errors import ConfigError
 
 MAX_PORT = 65535
 
-_HOST = re.compile(r"[^\s/:@\[\]]+|\[[0-9A-Fa-f:.]+(%\w+)?\]")
+_HOST = re.compile(r"[^\s/:@\[\]]+|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\]")
 """A name, an IPv4 address, or an IPv6 address in brackets."""
 
 

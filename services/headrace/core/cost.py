@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -16,6 +16,8 @@ SOUND_R2 = 0.9
 
 CERTAIN_SHARE = 0.5
 """Share of an estimate that a machine certainly needs: half leaves room for a fit on one that was busy."""
+
+_NUM_WIDE = 3
 
 _Vector = npt.NDArray[np.float64]
 
@@ -105,7 +107,8 @@ class CostModel:
         wide_token_s: What `token_s` is in those steps.
         wide_pair_s: What `pair_s` is in those steps.
         r2: Share of the samples' variance that the fit explains, at most 1; adjusted for how many coefficients it
-            took, and 0 where there were no more samples than those: such a fit explains anything.
+            took, and 0 where there were no more samples than those: such a fit explains anything. Of all steps and of
+            those of many rows apart it is the lower.
     """
 
     step_s: float
@@ -114,7 +117,7 @@ class CostModel:
     pair_s: float
     decode_s: float
     context_s: float
-    wide_from: float = 0.0
+    wide_from: int = 0
     wide_prompt_s: float = 0.0
     wide_token_s: float = 0.0
     wide_pair_s: float = 0.0
@@ -149,7 +152,7 @@ class CostModel:
         Args:
             num_tokens: Tokens to compute.
             num_done: Tokens of the prompt whose KV is present.
-            chunk_tokens: Most tokens of a step; None computes all in one, which is fastest.
+            chunk_tokens: Most tokens of a step; None computes all in one.
         """
         if num_tokens <= 0:
             return 0.0
@@ -169,7 +172,9 @@ class CostModel:
 
     def least_prefill_s(self, num_tokens: int, num_done: int = 0) -> float:
         """Return seconds that the rest of a prompt takes for certain, even alone and first; a bound to refuse by."""
-        return CERTAIN_SHARE * self.prefill(num_tokens, num_done)
+        # Decodes aboard may make a step wide that would not be.
+        models = (replace(self, wide_from=0), replace(self, wide_from=1)) if self.wide_from else (self,)
+        return CERTAIN_SHARE * min(model.prefill(num_tokens, num_done) for model in models)
 
     def decode(self, num_sequences: int, context_tokens: int) -> float:
         """Return the seconds of one token for each of `num_sequences`, which attend to `context_tokens` in all."""
@@ -190,7 +195,7 @@ class CostModel:
             return sizes[num - 1] if num else 0
 
         # Time grows with the size but where wide steps begin.
-        first_wide = max(1, int(self.wide_from) - aboard.num_rows) if self.wide_from else most + 1
+        first_wide = max(1, self.wide_from - aboard.num_rows) if self.wide_from else most + 1
         return largest(range(first_wide, most + 1)) or largest(range(1, min(first_wide, most + 1))) or 1
 
     def _is_wide(self, num_rows: int) -> bool:
@@ -211,19 +216,24 @@ def fit(samples: Sequence[Sample], wide_from: int = 0) -> CostModel:
 
     Args:
         samples: Measured steps.
-        wide_from: Rows from which on steps are computed another way, or 0; without a sample of those they are taken
-            to be like all others.
+        wide_from: Rows from which on steps are computed another way, or 0. Without enough samples of those with
+            prompt tokens the fit is not sound.
 
     Raises:
         InvalidRequest: there is no sample, or one took no time.
     """
     if not samples or min(sample.seconds for sample in samples) <= 0:
         raise InvalidRequest(f"a fit needs steps that took time; found {len(samples)} samples", field="samples")
-    if not any(_is_wide_prompt(sample.work, wide_from) for sample in samples):
-        wide_from = 0
+    is_wide = np.array([_is_wide_prompt(sample.work, wide_from) for sample in samples])
     rows = np.array([_row(sample.work, wide_from) for sample in samples], dtype=np.float64)
     seconds = np.array([sample.seconds for sample in samples], dtype=np.float64)
     found = _non_negative(rows / seconds[:, None])
+    r2 = _adjusted_r2(seconds, rows @ found, int((found > 0).sum()))
+    if wide_from:
+        wide = rows[is_wide, -_NUM_WIDE:]
+        # Fewer different steps than coefficients tell nothing of other steps.
+        is_enough = len(wide) > 0 and np.linalg.matrix_rank(wide / wide.max(axis=0)) == _NUM_WIDE
+        r2 = min(r2, _adjusted_r2(seconds[is_wide], (rows @ found)[is_wide], _NUM_WIDE) if is_enough else 0.0)
     step_s, decode_s, context_s, *prompts = (float(value) for value in found)
     prompt_s, token_s, pair_s, wide_prompt_s, wide_token_s, wide_pair_s = prompts
     return CostModel(
@@ -237,14 +247,16 @@ def fit(samples: Sequence[Sample], wide_from: int = 0) -> CostModel:
         wide_prompt_s=wide_prompt_s,
         wide_token_s=wide_token_s,
         wide_pair_s=wide_pair_s,
-        r2=_adjusted_r2(seconds, rows @ found, int((found > 0).sum())),
+        r2=r2,
     )
 
 
 def _adjusted_r2(measured: _Vector, fitted: _Vector, num_used: int) -> float:
     num_free = len(measured) - num_used
+    if num_free <= 0:
+        return 0.0
     spread = float(((measured - measured.mean()) ** 2).sum())
-    if num_free <= 0 or spread <= 0:
+    if spread <= 0:
         return 0.0
     error = float(((measured - fitted) ** 2).sum())
     return 1.0 - error / num_free / (spread / (len(measured) - 1))

@@ -154,18 +154,21 @@ class FetchPlan:
         """
         return elapsed_s <= min(self.limit_s, self.patience_s + (_saved_s(self, num_landed) or 0.0))
 
-    def lost_after_s(self, num_landed: int, elapsed_s: float) -> float:
+    def lost_after_s(self, num_landed: int, elapsed_s: float, *, is_layered: bool) -> float:
         """Return when a READ that is posted now is given up if it has not ended, in seconds since the fetch began.
 
         As patient again as before it was posted: a late READ costs less than new blocks and all that has landed.
-        READs of layers are posted as one, however long that may take.
+        READs of layers are begun as one, however long that may take.
 
         Args:
             num_landed: Blocks that have landed without a gap from the local hit on.
             elapsed_s: Since the fetch began.
+            is_layered: Whether it is all that is read layer by layer.
         """
-        patient_s = 2 * self.patience_s + (_saved_s(self, num_landed) or 0.0)
-        return min(self.limit_s, max(patient_s, elapsed_s + FIRST_GROUP_PATIENCE * self._layered_s))
+        lost_s = 2 * self.patience_s + (_saved_s(self, num_landed) or 0.0)
+        if is_layered:
+            lost_s = max(lost_s, elapsed_s + FIRST_GROUP_PATIENCE * self._layered_s)
+        return min(self.limit_s, lost_s)
 
     @property
     def _layered_s(self) -> float:

@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -20,7 +20,7 @@ CHECKS = 3
 """Times that each step of a check is taken; the fastest counts: the first pays for memory, any may be disturbed."""
 
 LEAST_SAMPLES = 6
-"""As many as the model has coefficients."""
+"""As many as the model has coefficients, without those of wide steps."""
 
 _STRIDE = 7919
 """Prime, so that tokens differ and rows of the embedding are read from all over."""
@@ -78,13 +78,18 @@ CHECKED = (Probe(contexts=(16,)), Probe(chunk=(16, 0)))
 """The cheapest step of either kind: what weights and kernels cost is in them."""
 
 
+def checked_for(wide_from: int) -> tuple[Probe, ...]:
+    """Return the steps to check a kept model by."""
+    return (*CHECKED, Probe(chunk=(wide_from, 0))) if wide_from else CHECKED
+
+
 def agrees(cost: CostModel, runner: Runner, clock: Clock) -> bool:
     """Return whether a model of another day still tells what steps cost, from a few of them.
 
     It may be off by what those who use it allow for, either way: a machine that was busy then is found out too. KV
     in the first blocks is overwritten.
     """
-    for probe in CHECKED:
+    for probe in checked_for(cost.wide_from):
         taken_s = min(_seconds(runner, probe, clock) for _ in range(CHECKS))
         if not CERTAIN_SHARE <= taken_s / cost.seconds(probe.work) <= 1 / CERTAIN_SHARE:
             logger.info("kept cost disagrees", extra={"taken_s": taken_s, "kept_s": cost.seconds(probe.work)})
@@ -97,8 +102,8 @@ def probes_for(wide_from: int) -> tuple[Probe, ...]:
     """Return the steps to measure where those from so many rows on are computed another way, or none is for 0."""
     if not wide_from:
         return PROBES
-    chunk = max(WIDE_CHUNK, 2 * wide_from)
-    return (*PROBES, Probe(chunk=(wide_from, 0)), Probe(chunk=(chunk, 0)), Probe(chunk=(chunk, 1024)))
+    wide = [Probe(chunk=(size, done)) for size in (wide_from, max(WIDE_CHUNK, 2 * wide_from)) for done in (0, 1024)]
+    return tuple(dict.fromkeys((*PROBES, *wide)))
 
 
 def calibrate(runner: Runner, num_blocks: int, clock: Clock, limit_s: float, wide_from: int = 0) -> CostModel | None:
@@ -161,9 +166,9 @@ def filled(arena: KvArena, num_blocks: int) -> Iterator[None]:
         blocks.zero_()
 
 
-def blocks_wanted(block_tokens: int, wide_from: int = 0) -> int:
+def blocks_wanted(block_tokens: int, probes: Iterable[Probe] = PROBES) -> int:
     """Return how many blocks the largest step needs."""
-    return max(_num_blocks(probe, block_tokens) for probe in probes_for(wide_from))
+    return max(_num_blocks(probe, block_tokens) for probe in probes)
 
 
 def _num_blocks(probe: Probe, block_tokens: int) -> int:

@@ -58,5 +58,6 @@ def _cost(found: object) -> CostModel | None:
         return None
     if not all(isinstance(value, int | float) and 0 <= value < MOST_S for value in found.values()):
         return None
-    cost = CostModel(**{name: float(found[name]) for name in names})
+    seconds = {name: float(found[name]) for name in names if name != "wide_from"}
+    cost = CostModel(**seconds, wide_from=int(found["wide_from"]))
     return cost if cost.is_sound else None

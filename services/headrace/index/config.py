@@ -11,6 +11,7 @@ from headrace.errors import ConfigError
 from headrace.settings import Between, Count
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_PATH = re.compile(r"\S+")
 _FORM = "NAME=PUB_ENDPOINT or NAME=PUB_ENDPOINT REPLAY_ENDPOINT, each tcp://HOST:PORT or ipc://PATH"
 
 
@@ -93,4 +94,4 @@ class VllmFeedsConfig:
 
 def _is_endpoint(text: str) -> bool:
     scheme, _, rest = text.partition("://")
-    return is_address(rest) if scheme == "tcp" else scheme == "ipc" and bool(rest)
+    return is_address(rest) if scheme == "tcp" else scheme == "ipc" and bool(_PATH.fullmatch(rest))

@@ -461,7 +461,7 @@ class StepCost(_message.Message):
     """Share of the measured variance that this explains, at most 1, adjusted for the number
     of coefficients.
     """
-    wide_from: _builtins.float
+    wide_from: _builtins.int
     """Rows, which are prompt tokens and decodes, from which on a step is computed another way
     and costs the following instead of the above; 0 if none is.
     """
@@ -481,7 +481,7 @@ class StepCost(_message.Message):
         decode_s: _builtins.float = ...,
         context_s: _builtins.float = ...,
         r2: _builtins.float = ...,
-        wide_from: _builtins.float = ...,
+        wide_from: _builtins.int = ...,
         wide_prompt_s: _builtins.float = ...,
         wide_token_s: _builtins.float = ...,
         wide_pair_s: _builtins.float = ...,

@@ -127,7 +127,7 @@ class WorkerConfig:
     token_budget: Count = 512
     tbt_target_ms: Annotated[float, Between(1.0, 60_000.0)] | None = None
     dynamic_chunks: bool = False
-    calibrate_s: Annotated[float, Between(0.0, 60.0)] = 2.4
+    calibrate_s: Annotated[float, Between(0.0, 60.0)] = 3.0
     pack: Pack = Pack.VARLEN
     kvstores: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()

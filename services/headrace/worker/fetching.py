@@ -331,9 +331,9 @@ class _Fetch:
         # What lies behind a gap is of no use to anybody.
         self._gap = min([self._gap, *lane.indices[lane.result.num_landed :][:1]])
 
-    def _lost_at_s(self) -> float:
+    def _lost_at_s(self, is_layered: bool) -> float:  # noqa: FBT001 as ReadTerms asks
         elapsed_s = self._links.clock.now() - self._begun_s
-        return self._begun_s + self.plan.lost_after_s(self._num_landed, elapsed_s)
+        return self._begun_s + self.plan.lost_after_s(self._num_landed, elapsed_s, is_layered=is_layered)
 
     def _may_go_on(self, lane: _Lane) -> bool:
         if self.is_given_up or lane.indices[lane.num_landed] > self._gap:

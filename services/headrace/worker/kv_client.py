@@ -106,7 +106,7 @@ class KvClient:
             lease_end_s=deadline_s,
             answer_by_s=deadline_s,
             group_blocks=len(wanted.hashes),
-            deadline_s=lambda: deadline_s,
+            deadline_s=lambda _: deadline_s,
         )
         found = await self.reader.read(wanted, terms)
         if not found.num_landed and not self.link.is_settled(wanted.local_ids):

@@ -41,7 +41,7 @@ class ReadTerms:
         num_whole: Leading blocks that are read whole; all others are read span by span. None reads all whole.
         spans: Parts of a block, together all of it.
         may_go_on: Whether to post another READ.
-        deadline_s: When a READ that is posted now is given up.
+        deadline_s: When a READ that is posted now is given up; asked with whether it is the first of the spans.
         on_late: Hears of a READ that was given up and has landed: bytes and seconds since the first call.
         on_landed: Hears how many of the blocks, from the first on, have landed and are what their digests say.
         on_span: Hears how many spans of the layered blocks have landed, and how many blocks were there at all.
@@ -53,7 +53,7 @@ class ReadTerms:
     num_whole: int | None = None
     spans: tuple[Span, ...] = ()
     may_go_on: Callable[[], bool] = lambda: True
-    deadline_s: Callable[[], float]
+    deadline_s: Callable[[bool], float]
     on_late: Callable[[int, float], None] = lambda _, __: None
     on_landed: Callable[[int], None] = lambda _: None
     on_span: Callable[[int, int], None] = lambda _, __: None
@@ -194,7 +194,7 @@ class _Reading:
     async def _agent(self) -> str:
         """Connect to who granted the lease, if that is another lifetime than the one met; not measured either."""
         clock, was_in_time = self._link.parts.clock, self._terms.may_go_on()
-        begun_s = clock.now()
+        begun_s, self._is_measured = clock.now(), False
         agent = await self._link.agent(self._lease.epoch)
         self._begun_s += clock.now() - begun_s
         self._is_measured = self._terms.may_go_on() or not was_in_time
@@ -208,7 +208,7 @@ class _Reading:
         terms = self._terms
         if not terms.may_go_on():
             return False
-        deadline_s = terms.deadline_s()
+        deadline_s = terms.deadline_s(is_layered)
         local_ids, remote_ids = self._wanted.local_ids[start:end], tuple(self._lease.block_ids[start:end])
         block_bytes = self._link.parts.caller.layout.block_bytes
         for number, span in enumerate(terms.spans if is_layered else (None,), start=1):
