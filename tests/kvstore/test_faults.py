@@ -147,8 +147,12 @@ async def leaver_of(siblings: list[str], channels: Channels) -> AsyncIterator[tu
 async def reading_on(clients: list[StoreClient], keys: list[int], refusals: list[HeadraceError]) -> AsyncIterator[None]:
     """Read chains everywhere meanwhile; what comes is right, and what does not come is a typed miss."""
 
+    is_over = asyncio.Event()
+
     async def keep_reading() -> None:
         for client, key in itertools.cycle(itertools.product(clients, keys)):
+            if is_over.is_set():
+                return  # Between two reads: one that is cancelled leaves its lease to the clock.
             try:
                 got = await client.get([name(key + i) for i in range(CHAIN)])
             except HeadraceError as error:
@@ -157,9 +161,11 @@ async def reading_on(clients: list[StoreClient], keys: list[int], refusals: list
                 assert got == [content(key + i) for i in range(len(got))]
 
     async with asyncio.TaskGroup() as tasks:
-        reading = tasks.create_task(keep_reading())
-        yield
-        reading.cancel()
+        tasks.create_task(keep_reading())
+        try:
+            yield
+        finally:
+            is_over.set()
 
 
 @pytest.mark.cluster
