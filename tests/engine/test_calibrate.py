@@ -11,7 +11,17 @@ from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
 from headrace.engine.arena import KvArena
-from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, agrees, blocks_wanted, calibrate, filled, probes_for
+from headrace.engine.calibrate import (
+    CHECKED,
+    CHECKS,
+    PROBES,
+    agrees,
+    blocks_wanted,
+    calibrate,
+    checked_for,
+    filled,
+    probes_for,
+)
 from headrace.testing.runner import FakeRunner
 
 TRUE = CostModel(step_s=10e-3, prompt_s=5e-3, token_s=1e-3, pair_s=4e-7, decode_s=2e-3, context_s=2e-6)
@@ -140,13 +150,23 @@ def test_blocks_are_full_while_it_measures_and_zero_afterwards():
 @pytest.mark.parametrize(("factor", "is_believed"), [(0.4, False), (0.6, True), (1.0, True), (1.9, True), (2.1, False)])
 def test_a_kept_cost_is_believed_while_steps_take_about_as_long_as_it_says(factor, is_believed):
     clock = VirtualClock()
-    assert agrees(TRUE, TimedRunner(clock, factors=itertools.repeat(factor)), clock) is is_believed
+    assert agrees(TRUE, TimedRunner(clock, factors=itertools.repeat(factor)), BLOCKS, clock) is is_believed
 
 
 def test_one_undisturbed_step_of_a_kind_is_enough_to_believe_a_kept_cost():
     clock = VirtualClock()
     factors = itertools.cycle([9.0] * (CHECKS - 1) + [1.0])
-    assert agrees(TRUE, TimedRunner(clock, factors=factors), clock)
+    assert agrees(TRUE, TimedRunner(clock, factors=factors), BLOCKS, clock)
+
+
+def test_a_kept_cost_is_checked_within_the_blocks_there_are():
+    clock = VirtualClock()
+    wide = replace(TRUE, wide_from=256, wide_token_s=3e-4)
+    for num_blocks, num_probes in ((blocks_wanted(16, checked_for(256)), 3), (8, 2)):
+        runner = TimedRunner(clock, wide, num_blocks=num_blocks)
+        assert agrees(wide, runner, num_blocks, clock)
+        assert len(runner.batches) == num_probes * CHECKS
+        assert max(block for batch in runner.batches for item in batch.items for block in item.block_table) < num_blocks
 
 
 def test_a_change_in_either_kind_of_step_is_noticed():
@@ -154,4 +174,4 @@ def test_a_change_in_either_kind_of_step_is_noticed():
         factors = [1.0] * CHECKS * len(CHECKED)
         factors[index * CHECKS : (index + 1) * CHECKS] = [3.0] * CHECKS
         clock = VirtualClock()
-        assert not agrees(TRUE, TimedRunner(clock, factors=iter(factors)), clock)
+        assert not agrees(TRUE, TimedRunner(clock, factors=iter(factors)), BLOCKS, clock)

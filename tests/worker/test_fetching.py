@@ -304,23 +304,26 @@ async def test_a_late_read_is_measured_from_its_own_begin_to_its_own_end(stack, 
 
     monkeypatch.setattr(desk.reader.connector, "read", tapped)
     monkeypatch.setattr(fetch_plan.FetchPlan, "may_go_on", lambda *_: True)
+    clock = desk.fleet.clock
+    begun_s = clock.now()
     fetching = asyncio.create_task(desk.fetch(desk.hint(late, end=2), desk.hint(other, start=2)))
     await is_stalled.wait()
-    begun_s = desk.fleet.clock.now()
+    stalled_s = clock.now()
     if not ends_first:
         asyncio.get_running_loop().call_later(0.2, is_other_done.set)
         with pytest.raises(BlockLost):
             await fetching
     await asyncio.sleep(0.3)
     desk.fleet.fabric.resume(late.epoch)
+    least_s = clock.now() - stalled_s
     await desk.fleet.until(lambda: desk.reader.connector.stats().num_inflight == 0, "did not land")
-    took_s = desk.fleet.clock.now() - begun_s
+    most_s = clock.now() - begun_s
     if ends_first:
         await asyncio.sleep(0.3)
         is_other_done.set()
         await fetching
     await desk.fleet.at_rest("h1")
-    assert told[2 * late.runner.blocks.shape[1]] == pytest.approx(took_s, abs=0.1)
+    assert least_s <= told[2 * late.runner.blocks.shape[1]] <= most_s
 
 
 @pytest.mark.parametrize("when", ["met first", "met again"])

@@ -180,7 +180,7 @@ def step_cost(  # noqa: PLR0913 a machine's parts
         known = kept.read()
         if known is not None and known.wide_from == wide_from:
             with filled(arena, num_checked):
-                if agrees(known, runner, clock):
+                if agrees(known, runner, num_checked, clock):
                     return known
         with filled(arena, num_blocks):
             cost = calibrate(runner, num_blocks, clock, limit_s, wide_from)

@@ -253,10 +253,8 @@ def fit(samples: Sequence[Sample], wide_from: int = 0) -> CostModel:
 
 def _adjusted_r2(measured: _Vector, fitted: _Vector, num_used: int) -> float:
     num_free = len(measured) - num_used
-    if num_free <= 0:
-        return 0.0
     spread = float(((measured - measured.mean()) ** 2).sum())
-    if spread <= 0:
+    if num_free <= 0 or spread <= 0:
         return 0.0
     error = float(((measured - fitted) ** 2).sum())
     return 1.0 - error / num_free / (spread / (len(measured) - 1))

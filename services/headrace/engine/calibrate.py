@@ -83,13 +83,15 @@ def checked_for(wide_from: int) -> tuple[Probe, ...]:
     return (*CHECKED, Probe(chunk=(wide_from, 0))) if wide_from else CHECKED
 
 
-def agrees(cost: CostModel, runner: Runner, clock: Clock) -> bool:
+def agrees(cost: CostModel, runner: Runner, num_blocks: int, clock: Clock) -> bool:
     """Return whether a model of another day still tells what steps cost, from a few of them.
 
     It may be off by what those who use it allow for, either way: a machine that was busy then is found out too. KV
-    in the first blocks is overwritten.
+    in blocks 0 to `num_blocks` is overwritten; steps that need more are left out.
     """
     for probe in checked_for(cost.wide_from):
+        if not _fits(runner, probe, num_blocks):
+            continue
         taken_s = min(_seconds(runner, probe, clock) for _ in range(CHECKS))
         if not CERTAIN_SHARE <= taken_s / cost.seconds(probe.work) <= 1 / CERTAIN_SHARE:
             logger.info("kept cost disagrees", extra={"taken_s": taken_s, "kept_s": cost.seconds(probe.work)})
