@@ -250,9 +250,9 @@ class FleetWorker:
 
     async def kill(self) -> None:
         """Make the worker look killed: connections drop, transfers with it end, its engine is gone."""
-        self.runner.gate.set()
-        self._fabric.kill(self.epoch)
+        # First of all it falls silent: it must not tell anybody how its calls and transfers end.
         await self._channels.close()
+        self._fabric.kill(self.epoch)
         await self.lane.cut()
         await self.stop()
 
