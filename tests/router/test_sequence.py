@@ -39,7 +39,16 @@ async def test_every_mode_gives_the_tokens_of_one_worker(tmp_path, roles, prompt
     answers = await expected(tmp_path, roles, prompts, max_tokens=9, **sampling)
     async with open_fleet(tmp_path, roles(workers), num_blocks=96) as fleet:
         specs = [fleet.spec(prompt, max_tokens=9, **sampling) for prompt in prompts]
-        for tokens, answer in zip(await asyncio.gather(*map(fleet.tokens, specs)), answers, strict=True):
+        opens, computing = [], {f"{name} Open" for name in fleet.workers if name[0] in "hp"}
+        fleet.on_tick = lambda tick: opens.append(tick) if tick in computing else None
+        for worker in fleet.workers.values():
+            worker.runner.gate.clear()
+        asking = asyncio.gather(*map(fleet.tokens, specs))
+        # The last two may wait for blocks that they can share.
+        await fleet.until(lambda: len(opens) >= len(specs) - 2, "the prompts were not opened")
+        for worker in fleet.workers.values():
+            worker.runner.gate.set()
+        for tokens, answer in zip(await asking, answers, strict=True):
             check(tokens, answer)
         await fleet.at_rest()
         assert max(len(batch.items) for worker in fleet.workers.values() for batch in worker.runner.batches) > 1

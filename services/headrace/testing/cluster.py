@@ -1,6 +1,5 @@
 """A real cluster on this machine for tests and benchmarks, and the oracle that it leaks nothing."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,13 +14,13 @@ from pathlib import Path
 import grpc
 
 from headrace.cli import state
+from headrace.testing.child import following
 from headrace.v1 import cluster_pb2, router_pb2, router_pb2_grpc
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 QUIET_TIMEOUT_S = 15.0
 POLL_S = 0.05
-PR_SET_PDEATHSIG = 1
 FD_SLACK = 4
 """Descriptors that may differ: a reconnecting channel holds its old socket for a moment."""
 TASK_SLACK = 2
@@ -69,11 +68,10 @@ class LocalCluster:
         with (self.run_dir / "up.log").open("wb") as log:
             # In the foreground and bound to this process: a test run that is killed leaves nothing behind.
             self._process = subprocess.Popen(
-                self._command("up", "--foreground", *self._options),
+                following(self._command("up", "--foreground", *self._options), signal.SIGTERM),
                 stdout=log,
                 stderr=log,
                 env=self._env,
-                preexec_fn=_follow_parent,
             )
         try:
             wait_until(self._is_ready, START_TIMEOUT_S, lambda: f"cluster not ready:\n{self.logs()}")
@@ -225,11 +223,6 @@ def _is_usable(member: router_pb2.ClusterMember) -> bool:
     # A kvstore that was born again has no pool before a worker, which looks every few seconds, meets it.
     has_pool = member.role != cluster_pb2.ROLE_KVSTORE or member.load.ledger.total > 0
     return member.is_connected and member.load.is_ready and has_pool
-
-
-def _follow_parent() -> None:
-    """Runs in the child before it becomes `headrace up`: SIGTERM when the parent ends (Linux)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:

