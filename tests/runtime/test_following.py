@@ -4,8 +4,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 from headrace.testing.child import following
 
 SAY_AND_WAIT = "print('here', flush=True); import time; time.sleep(60)"
@@ -16,7 +14,6 @@ subprocess.Popen(following([sys.executable, "-c", {SAY_AND_WAIT!r}], signal.SIGK
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_a_process_ends_with_the_one_that_started_it():
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
         assert parent.stdout.readline() == b"here\n"

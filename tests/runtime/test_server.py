@@ -148,8 +148,8 @@ async def test_a_deadline_ends_the_handler_and_the_call(channels):
         with pytest.raises(DeadlineExceeded):
             await collect(stub_of(channels, server).Generate(REQUEST, timeout=0.2))
         await wait_for(router.left)
-    # gRPC counts whole milliseconds and rounds up, at both ends.
-    assert 0 < router.remaining_s[0] <= 0.2 + 0.002
+    # gRPC rounds up to whole milliseconds: over a warm connection 6 of 10 calls have more than 0.2 s left.
+    assert 0 < router.remaining_s[0] <= 0.201
 
 
 async def test_unknown_fields_of_a_newer_caller_are_tolerated(channels):

@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from headrace.text.cuts import SafeCuts, cuts_of
 from headrace.text.growing import GrowingTokens
@@ -32,8 +32,6 @@ class Bytes:
 
 def trained(row):
     """Return a tokenizer of one row of the table that merges wherever its words let it."""
-    from tokenizers import pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = row.build()
     tokenizer.normalizer = row.normalizer()
@@ -82,17 +80,17 @@ def test_a_text_that_is_replaced_has_the_tokens_of_its_last_state(model, script)
 
 
 def test_words_are_released_as_soon_as_the_next_one_begins(model):
-    growing = GrowingTokens(*model)
-    for word in "Streams carry water to the wheel".split():
+    tokens, growing = model[0], GrowingTokens(*model)
+    for word in ("Streams", " carry", " water", " to", " the", " wheel"):
+        before = growing.text
         growing.append(word)
-        growing.append(" ")
-        assert growing.text[growing._places[-1] :].strip() == ""
+        assert growing.stable == tokens.encode(before)
 
 
 def test_text_without_spaces_is_released_at_its_marks(model):
     growing = GrowingTokens(*model)
     growing.append("日本語のテキスト。次の文")
-    assert growing._places[-1] == len("日本語のテキスト")
+    assert growing.stable == model[0].encode("日本語のテキスト")
 
 
 class Counting:
@@ -130,9 +128,11 @@ def test_a_new_text_keeps_what_both_begin_with(model):
 def test_the_real_model_is_cut_at_its_words(smollm2):
     growing = GrowingTokens(smollm2, smollm2.cuts())
     text = "You are here.<|im_end|>\n<|im_start|>user\nWhat's 1234 + 5?  And\n\n  then?<|im_end|>"
+    num_stable = []
     for character in text:
         growing.append(character)
-    assert len(growing._places) >= 12
+        num_stable.append(len(growing.stable))
+    assert len(set(num_stable)) >= 12
     assert growing.complete() == smollm2.encode(text)
 
 

@@ -1,7 +1,7 @@
 """Where a text that still grows can be cut: what comes later does not change the tokens before.
 
 A tokenizer splits text into words by a pattern before it merges bytes, and never merges over the end of a word. A place
-between two characters where a word ends whatever stands around it is a cut: the tokens before it are final.
+where any text has the words of its two halves is a cut: the tokens before it are final.
 """
 
 import itertools
@@ -43,7 +43,7 @@ class SafeCuts:
 
     def last(self, text: str, after: int, end: int) -> int:
         """Return the last cut of `text` beyond the place `after` and before `end`, or `after` if there is none."""
-        for place in range(min(end, len(text)) - 1, after, -1) if self._pairs else ():
+        for place in range(min(end, len(text)) - 1, after, -1):
             if (_kind(text[place - 1]), _kind(text[place])) in self._pairs and not self._is_inside(text, place):
                 return place
         return after
