@@ -111,7 +111,6 @@ class PrefillJob:
                 self._local = sequence.admitted.block_ids
                 self._check_lease()
                 await self._compute_and_push(sequence)
-            self._parts.blocks.store_later(self._spec, sequence.admitted.block_hashes)
         except BaseException as error:
             self._report_when_settled(error.code if isinstance(error, HeadraceError) else "cancelled")
             raise
@@ -139,6 +138,8 @@ class PrefillJob:
             raise
         if failure is not None:
             raise failure
+        # Before the hand-over: an answer of a few tokens may end, and this call with it, before the commit returns.
+        self._parts.blocks.store_later(self._spec, sequence.admitted.block_hashes)
         await self._commit()
 
     async def _compute(self, sequence: OpenSequence) -> None:
