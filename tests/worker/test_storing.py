@@ -20,7 +20,8 @@ from headrace.worker.storing import MAX_QUEUED_CHAINS, Chain
 
 NUM_BLOCKS = 2 * SEGMENT_BLOCKS + 6
 PROMPT = tuple(3 + number % 200 for number in range(NUM_BLOCKS * BLOCK_TOKENS + 1))
-DEAD = tuple(f"127.0.0.1:{port}" for port in range(1, 40))
+DEAD = tuple(f"127.0.{number // 250}.{number % 250 + 1}:1" for number in range(10_000))
+"""So many that some of them come before any store, whatever its port, for the first segment."""
 
 
 class Desk:
