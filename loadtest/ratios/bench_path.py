@@ -21,7 +21,8 @@ from harness import compare, report
 from workloads import WORKLOADS, Ask, Workload
 
 from headrace.cli.layout import bundled_model
-from headrace.cli.worker import build_engine, build_machine, shape_context, shape_maker
+from headrace.cli.policies import make_policies
+from headrace.cli.worker import build_engine, build_machine
 from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.engine import Engine
@@ -83,8 +84,8 @@ class BareEngine:
 
     def _engine(self) -> Engine:
         """Return a new engine on the same machine: nothing is cached from the last run."""
-        shape = shape_maker(self._config.shape)(shape_context(self._config, self._machine.cost))
-        return build_engine(self._config, self._machine, shape, WallClock(), lambda _: None)
+        policies = make_policies(self._config, self._machine.cost)
+        return build_engine(self._config, self._machine, policies, WallClock(), lambda _: None)
 
     def _spec(self, ask: Ask, number: SequenceId) -> SequenceSpec:
         return SequenceSpec(

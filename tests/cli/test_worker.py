@@ -6,21 +6,24 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headrace.cli.worker import build_machine, make_pack, shape_context, shape_maker, step_cost
+from headrace.cli.policies import make_pack, make_policies, make_preempt, shape_context, shape_maker
+from headrace.cli.worker import build_machine, step_cost
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
+from headrace.core.plan import SchedulerView, SequenceView
 from headrace.engine.arena import KvArena
 from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted, probes_for
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.packing import PaddedRows
-from headrace.engine.scheduler import WholeShape
+from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.errors import ConfigError
 from headrace.techniques.prepacking.bins import FirstFitDecreasing
 from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.techniques.stream2llm.order import ClosedFirst, MostComputedFirst
 from headrace.testing.runner import FakeRunner
-from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
+from headrace.worker.config import Dtype, Pack, Preempt, StreamOrder, WorkerConfig, WorkerRole
 
 COST = CostModel(step_s=1e-2, prompt_s=1e-2, token_s=1e-3, pair_s=1e-7, decode_s=1e-3, context_s=1e-6)
 
@@ -61,6 +64,34 @@ def test_settings_of_shape_that_cannot_be_kept_are_refused(cost, settings):
 @pytest.mark.parametrize(("pack", "kind"), [(Pack.BINS, FirstFitDecreasing), (Pack.PAD, PaddedRows)])
 def test_a_worker_packs_as_its_setting_says(pack, kind):
     assert isinstance(make_pack(pack), kind)
+
+
+@pytest.mark.parametrize(
+    ("settings", "order", "saves"),
+    [
+        ({}, ClosedFirst, True),
+        ({"stream_order": StreamOrder.DEFAULT, "preempt": Preempt.RECOMPUTE}, FirstComeFirstServed, False),
+        ({"stream_order": StreamOrder.MCPS, "preempt": Preempt.SWAP}, MostComputedFirst, True),
+    ],
+)
+def test_a_worker_ranks_and_preempts_as_its_settings_say(settings, order, saves):
+    config = WorkerConfig(name="w", role=WorkerRole.HYBRID, model=Path("m.gguf"), **settings)
+    policies = make_policies(config, COST)
+    assert isinstance(policies.order, order)
+    victim = SequenceView(
+        sequence_id="s", arrival=0, num_tokens=4000, num_computed=4000, num_blocks=250, is_running=True
+    )
+    view = SchedulerView(num_available=0, block_tokens=16, num_layers=1, token_budget=512, max_running=1)
+    assert policies.preempt.saves(victim, view) is saves
+
+
+def test_an_unsound_cost_swaps_nothing():
+    victim = SequenceView(
+        sequence_id="s", arrival=0, num_tokens=4000, num_computed=4000, num_blocks=250, is_running=True
+    )
+    view = SchedulerView(num_available=0, block_tokens=16, num_layers=1, token_budget=512, max_running=1)
+    for cost in (None, dataclasses.replace(COST, r2=0.5)):
+        assert not make_preempt(Preempt.AUTO, cost).saves(victim, view)
 
 
 def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):

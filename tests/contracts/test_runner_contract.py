@@ -71,6 +71,24 @@ def differs(found, wanted):
     return (found - wanted).abs().max() > 1e-2
 
 
+def test_blocks_that_were_copied_out_can_be_read_elsewhere(runner):
+    whole = compute(runner, PROMPT, table(0, 1, 2))
+    compute(runner, PROMPT[:36], table(3, 4, 5))
+    saved = runner.read_blocks(table(3, 4, 5))
+    assert (saved.shape[0], saved.dtype, saved.device.type) == (3, torch.uint8, "cpu")
+    compute(runner, PROMPT[::-1], table(3, 4, 5))
+    runner.write_blocks(table(9, 7, 4), saved)
+    assert_same(compute(runner, PROMPT[36:], table(9, 7, 4), start=36), whole)
+
+
+def test_some_of_the_blocks_that_were_copied_out_can_be_read_back(runner):
+    whole = compute(runner, PROMPT, table(0, 1, 2))
+    compute(runner, PROMPT[:36], table(3, 4, 5))
+    saved = runner.read_blocks(table(3, 4, 5))
+    runner.write_blocks(table(8, 9), saved[1:])
+    assert_same(compute(runner, PROMPT[36:], table(0, 8, 9), start=36), whole)
+
+
 def test_it_describes_itself(runner):
     assert isinstance(runner.layout, KvLayout)
     assert runner.layout.num_layers == runner.num_layers

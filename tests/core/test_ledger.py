@@ -41,10 +41,10 @@ def test_a_shared_block_is_leased_until_its_last_lease_ends():
     ledger = BlockLedger(4)
     blocks = ledger.lease("a", 2)
     ledger.lease("b", 1, shared=blocks)
-    assert (ledger.num_exclusive("a"), ledger.num_exclusive("b"), ledger.num_exclusive("none")) == (0, 1, 0)
+    assert [len(ledger.exclusive(name)) for name in ("a", "b", "none")] == [0, 1, 0]
     ledger.release("a")
     assert states(ledger) == (1, 0, 3)
-    assert ledger.num_exclusive("b") == 3
+    assert len(ledger.exclusive("b")) == 3
     ledger.release("b")
     assert states(ledger) == (4, 0, 0)
 
@@ -402,3 +402,37 @@ class LedgerMachine(RuleBasedStateMachine):
 
 LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLedgerAgainstAModel = LedgerMachine.TestCase
+
+
+def test_a_lease_can_be_shortened():
+    ledger = BlockLedger(4)
+    blocks = ledger.lease("a", 3)
+    ledger.name(blocks[1], name_of(1))
+    ledger.shrink("a", 1)
+    ledger.verify()
+    assert states(ledger) == (2, 1, 1)
+    assert ledger.extend("a", 1) != blocks[:1]
+    ledger.release("a")
+    assert states(ledger) == (3, 1, 0)
+
+
+def test_a_lease_can_take_blocks_that_others_have_filled():
+    ledger = BlockLedger(4)
+    [mine], [other] = ledger.lease("a", 1), ledger.lease("b", 1)
+    ledger.name(other, name_of(1))
+    ledger.release("b")
+    ledger.share("a", [other])
+    ledger.verify()
+    assert states(ledger) == (2, 0, 2)
+    assert ledger.find("a").blocks == [mine, other]
+    with pytest.raises(ValueError, match="cached or leased"):
+        ledger.share("a", [next(block for block in range(4) if block not in {mine, other})])
+
+
+def test_only_named_blocks_have_a_name():
+    ledger = BlockLedger(4)
+    first, second = ledger.lease("a", 2)
+    ledger.name(first, name_of(1))
+    assert (ledger.has_name(first), ledger.has_name(second)) == (True, False)
+    ledger.unname(name_of(1))
+    assert not ledger.has_name(first)

@@ -6,10 +6,24 @@ from headrace.clock import VirtualClock
 from headrace.core.block import BlockId
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.batch import Batch, batch_item
-from headrace.engine.engine import Engine, EngineConfig
-from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, Open, Pin, Progress, Sampled
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
+from headrace.engine.messages import (
+    Admitted,
+    Begin,
+    Close,
+    Extended,
+    Failed,
+    Goal,
+    Open,
+    Pin,
+    Progress,
+    Revise,
+    Sampled,
+    Settle,
+)
 from headrace.engine.sampler import SamplingRow, sample
-from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
+from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed, WholeShape
 from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.testing.runner import FakeRunner
 
@@ -21,7 +35,17 @@ class Client:
     """Opens sequences and, unless told not to, begins what is admitted."""
 
     def __init__(  # noqa: PLR0913 what an engine is made of
-        self, *, num_blocks=64, budget=64, max_running=8, shape=None, context=4096, order=None, cost=None
+        self,
+        *,
+        num_blocks=64,
+        budget=64,
+        max_running=8,
+        shape=None,
+        context=4096,
+        order=None,
+        cost=None,
+        preempt=RECOMPUTE_ALWAYS,
+        num_swap_blocks=0,
     ):
         self.clock = VirtualClock(1000.0)
         self.runner = FakeRunner(num_blocks, block_tokens=BLOCK, vocab_size=64, max_context_tokens=context)
@@ -29,14 +53,22 @@ class Client:
         self.engine = Engine(
             self.runner,
             EngineConfig(
-                num_blocks=num_blocks, token_budget=budget, max_running=max_running, fingerprint="model", cost=cost
+                num_blocks=num_blocks,
+                token_budget=budget,
+                max_running=max_running,
+                fingerprint="model",
+                cost=cost,
+                num_swap_blocks=num_swap_blocks,
             ),
             order=order or FirstComeFirstServed(),
             shape=shape or ChunkedShape(),
             clock=self.clock,
             on_cache_change=self.changes.append,
+            preempt=preempt,
         )
         self.events = {}
+        self.prompts = {}
+        self.versions = {}
         self.num_opened = 0
         self.answers = []
 
@@ -47,6 +79,8 @@ class Client:
         goal=Goal.ANSWER,
         begins=True,
         arrives_whole=False,
+        is_open=False,
+        num_final=0,
         life_s=1e6,
         output=(),
         choice=0,
@@ -73,8 +107,35 @@ class Client:
             if isinstance(event, Admitted) and begins:
                 self.answers.append(Begin(sequence_id=sequence_id, num_present=event.num_cached_tokens))
 
-        self.engine.apply(Open(spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole))
+        self.prompts[sequence_id], self.versions[sequence_id] = tuple(prompt), 0
+        opening = Open(
+            spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole, is_open=is_open, num_final=num_final
+        )
+        self.engine.apply(opening)
         return sequence_id
+
+    def revise(self, sequence_id, tokens=(), *, keep=None, closed=False, is_final=False):
+        """Keep the first tokens of a prompt, or all of them, and put others behind them."""
+        keep = len(self.prompts[sequence_id]) if keep is None else keep
+        self.prompts[sequence_id] = (*self.prompts[sequence_id][:keep], *tokens)
+        self.versions[sequence_id] += 1
+        self.engine.apply(
+            Revise(
+                sequence_id=sequence_id,
+                version=self.versions[sequence_id],
+                num_kept=keep,
+                tokens=tuple(tokens),
+                num_final=len(self.prompts[sequence_id]) if is_final else 0,
+                is_closed=closed,
+            )
+        )
+
+    def settle(self, sequence_id):
+        """Say that nothing reads the blocks of a sequence."""
+        self.engine.apply(Settle(sequence_id=sequence_id, num_progress=len(self.progress(sequence_id))))
+
+    def extended(self, sequence_id):
+        return [event for event in self.events[sequence_id] if isinstance(event, Extended)]
 
     def begin(self, sequence_id, num_present, first=None):
         self.engine.apply(Begin(sequence_id=sequence_id, num_present=num_present, first=first))

@@ -13,7 +13,8 @@ import torch
 from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.arena import KvArena
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.messages import Admitted, Begin, Goal, Open, Sampled
 from headrace.engine.models.loader import load_model
 from headrace.engine.runner import ModelRunner

@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.core.block import blocks_for
-from headrace.core.plan import Phase, SchedulerView, SequenceView
+from headrace.core.plan import Phase, SchedulerView, SequenceView, SwapView
 from headrace.core.request import SequenceId
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape, plan_step
 from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.techniques.stream2llm.preempt import SwapAlways
 
 BLOCK = 4
 FCFS = FirstComeFirstServed()
@@ -162,7 +163,8 @@ def views(draw):
         kind = draw(st.sampled_from(["running", "held", "waiting"]))
         if kind == "waiting":
             blocks = blocks_for(num_tokens, BLOCK)
-            sequences.append(waiting(arrival, num_tokens, num_blocks_to_admit=draw(st.integers(0, blocks))))
+            cost = draw(st.integers(0, blocks))
+            sequences.append(waiting(arrival, num_tokens, num_blocks_to_admit=cost, is_stalled=draw(st.booleans())))
             continue
         computed = draw(st.one_of(st.just(num_tokens - 1), st.integers(0, num_tokens - 1)))
         missing = draw(st.integers(0, 1)) if computed >= num_tokens - 2 else 0
@@ -175,8 +177,21 @@ def views(draw):
             num_exclusive_blocks=draw(st.integers(0, blocks)),
             can_evict=draw(st.booleans()),
         )
-        is_held = kind == "held"
-        sequences.append(dataclasses.replace(sequence, is_held=is_held, is_running=not is_held))
+        is_held, is_open = kind == "held", draw(st.booleans())
+        is_extending = is_held and is_open and draw(st.booleans())
+        sequence = dataclasses.replace(
+            sequence,
+            is_held=is_held,
+            is_running=not is_held,
+            is_open=is_open,
+            is_extending=is_extending,
+            num_blocks_to_admit=draw(st.integers(0, 5)) if is_extending else 0,
+            # An open prompt may have been computed as far as it may be.
+            num_computed=num_tokens if is_open and draw(st.booleans()) else computed,
+            # Who has been told of its blocks keeps them, unless it waits for the rest of its prompt.
+            can_evict=sequence.can_evict and (is_open or not is_held),
+        )
+        sequences.append(sequence)
     return SchedulerView(
         sequences=tuple(draw(st.permutations(sequences))),
         num_available=draw(st.integers(0, 12)),
@@ -185,41 +200,65 @@ def views(draw):
         token_budget=draw(st.integers(1, 24)),
         max_running=draw(st.integers(1, 8)),
         num_done=draw(st.integers(0, 3)),
+        num_leaving_blocks=draw(st.integers(0, 5)),
+        swap=SwapView(num_free_blocks=draw(st.integers(0, 12))),
     )
 
 
 @pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
 @given(view=views())
 def test_what_is_planned_fits_and_adds_up(shape, view):
-    found = plan_step(view, FCFS, shape, 0.0)
+    found = plan_step(view, FCFS, shape, 0.0, SwapAlways())
     by_id = {sequence.sequence_id: sequence for sequence in view.sequences}
-    available = view.num_available + sum(by_id[each].num_exclusive_blocks for each in found.evict)
+    gone = [by_id[each] for each in found.evict]
+    # Of held ones the blocks come later.
+    available = view.num_available + sum(each.num_exclusive_blocks for each in gone if each.is_running)
     for item in found.items:
         sequence = by_id[item.sequence_id]
         assert sequence.is_running
         assert item.tokens[0] == sequence.num_computed < item.tokens[1] <= sequence.num_tokens
-        assert item.sample == (item.tokens[1] == sequence.num_tokens)
+        assert item.sample == (item.tokens[1] == sequence.num_tokens and not sequence.is_open)
         available -= max(0, blocks_for(item.tokens[1], BLOCK) - sequence.num_blocks)
-    available -= sum(by_id[each].num_blocks_to_admit for each in found.admit)
+    available -= sum(by_id[each].num_blocks_to_admit for each in (*found.admit, *found.extend))
     assert available >= 0
-    touched = [*(item.sequence_id for item in found.items), *found.admit, *found.evict]
+    touched = [*(item.sequence_id for item in found.items), *found.admit, *found.extend, *found.evict]
     assert len(touched) == len(set(touched))
-    assert all(by_id[each].can_evict and by_id[each].is_running for each in found.evict)
-    holding = view.num_done + sum(each.num_blocks > 0 for each in view.sequences)
-    assert not found.admit or holding + len(found.admit) <= max(view.max_running, holding)
+    assert all(each.can_evict for each in gone)
+    assert all(by_id[each].is_extending for each in found.extend)
+    assert not any(by_id[each].is_stalled for each in found.admit)
+    holding = view.num_done + sum(each.is_running or each.is_held for each in view.sequences)
+    places = view.max_running - holding + sum(each.is_running for each in gone)
+    assert len(found.admit) <= max(0, places)
+    saved = [by_id[each] for each in found.save]
+    assert {each.sequence_id for each in saved} <= set(found.evict)
+    assert all(each.is_running for each in saved)
+    assert sum(blocks_for(each.num_computed, BLOCK) for each in saved) <= view.swap.num_free_blocks
+
+
+@given(view=views())
+def test_whoever_waits_displaces_only_open_prompts_behind_it(view):
+    found = plan_step(view, FCFS, ChunkedShape(), 0.0)
+    wants = [each.arrival for each in view.sequences if each.is_extending or not (each.is_running or each.is_held)]
+    for victim in (each for each in view.sequences if each.sequence_id in found.evict):
+        # Nobody is admitted in a step that evicts for what already runs.
+        if found.admit or found.extend:
+            assert victim.is_open
+            assert victim.arrival > min(wants)
 
 
 @pytest.mark.parametrize("shape", [ChunkedShape(), WholeShape()], ids=["chunked", "whole"])
 @given(view=views())
 def test_the_first_to_come_goes_on_or_what_it_needs_is_held_by_the_unevictable(shape, view):
     found = plan_step(view, FCFS, shape, 0.0)
-    runners = [each for each in sorted(view.sequences, key=lambda each: each.arrival) if each.is_running]
+    in_order = sorted(view.sequences, key=lambda each: each.arrival)
+    runners = [each for each in in_order if each.is_running and each.num_remaining]
     if not runners:
         return
     first = runners[0]
     goes_on = any(item.sequence_id == first.sequence_id for item in found.items)
     if first.sequence_id in found.evict:
-        assert all(each.sequence_id in found.evict or not each.can_evict for each in runners)
+        makes_room = first.is_open and (found.admit or found.extend)
+        assert makes_room or all(each.sequence_id in found.evict or not each.can_evict for each in runners)
     else:
         assert goes_on or blocks_for(first.num_tokens, BLOCK) > first.num_blocks
 

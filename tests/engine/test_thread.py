@@ -6,7 +6,8 @@ import pytest
 from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine import thread as engine_thread
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.messages import (
     Admitted,
     Begin,

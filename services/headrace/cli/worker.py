@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import assert_never
 
 import torch
 
-from headrace import catalog
+from headrace.cli.policies import Policies, check_policies, make_pack, make_policies
 from headrace.clock import Clock, WallClock
 from headrace.core.block import blocks_for
 from headrace.core.cost import CostModel
@@ -26,17 +25,17 @@ from headrace.decode.service import DecodeServicer
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Runner
 from headrace.engine.calibrate import agrees, blocks_wanted, calibrate, checked_for, filled, probes_for
+from headrace.engine.config import EngineConfig
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.kept_file import processor
 from headrace.engine.messages import CacheChange
 from headrace.engine.models.loader import Model, load_auto, load_model
 from headrace.engine.models.native import NativeDecoder
 from headrace.engine.models.row_paths import RowsDecoder
-from headrace.engine.packing import PAD_TOKENS, PaddedRows
+from headrace.engine.packing import PAD_TOKENS
 from headrace.engine.runner import ModelRunner
-from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.engine.thread import EngineThread
 from headrace.errors import ConfigError
 from headrace.prefill.job import PrefillParts
@@ -45,8 +44,6 @@ from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.lifecycle import Lifecycle
 from headrace.runtime.server import GrpcServer
-from headrace.seams.pack import PackPolicy
-from headrace.seams.shape import ShapeContext, ShapePolicy
 from headrace.transfer.agent import Transport
 from headrace.transfer.arena import Arena
 from headrace.transfer.measure import NUM_SCRATCH_BLOCKS
@@ -54,7 +51,7 @@ from headrace.transfer.nixl import NixlConnector
 from headrace.v1 import cluster_pb2_grpc, decode_pb2_grpc, pool_pb2_grpc, prefill_pb2_grpc
 from headrace.worker.announcing import Announcer, publications
 from headrace.worker.blocks import BlockExchange
-from headrace.worker.config import Dtype, Pack, WorkerConfig, WorkerRole
+from headrace.worker.config import Dtype, WorkerConfig, WorkerRole
 from headrace.worker.digests import BlockDigests
 from headrace.worker.engine import AsyncEngine
 from headrace.worker.exchange_parts import ExchangeConfig, ExchangeParts
@@ -198,12 +195,12 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport
         transport: What its blocks travel by; nothing is registered yet.
         epoch: Lifetime of this process.
     """
-    make = shape_maker(config.shape)
+    check_policies(config)
     machine = await _in_own_thread(partial(build_machine, config))
-    shape = make(shape_context(config, machine.cost))
+    policies = make_policies(config, machine.cost)
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         connector = NixlConnector(transport, _transfer_arena(machine.arena), epoch, WallClock())
-        parts = _assemble(config, machine, shape, connector, channels, tasks)
+        parts = _assemble(config, machine, policies, connector, channels, tasks)
         member = WorkerMember(parts.member, parts.peers, parts.blocks, begin_drain=partial(lifecycle.stop, "drain"))
         server = _server(config, parts, member)
         await server.start()
@@ -259,14 +256,14 @@ class Parts:
 def _assemble(
     config: WorkerConfig,
     machine: Machine,
-    shape: ShapePolicy,
+    policies: Policies,
     connector: NixlConnector,
     channels: Channels,
     tasks: asyncio.TaskGroup,
 ) -> Parts:
     clock, epoch, loop = WallClock(), connector.pool.epoch, asyncio.get_running_loop()
     changes = CacheChanges(loop)
-    thread = EngineThread(build_engine(config, machine, shape, clock, changes), clock, machine.cores)
+    thread = EngineThread(build_engine(config, machine, policies, clock, changes), clock, machine.cores)
     engine = AsyncEngine(thread, loop)
     member = MemberParts(
         config=config,
@@ -384,7 +381,7 @@ class CacheChanges:
 def build_engine(
     config: WorkerConfig,
     machine: Machine,
-    shape: ShapePolicy,
+    policies: Policies,
     clock: Clock,
     on_cache_change: Callable[[CacheChange], None],
 ) -> Engine:
@@ -396,9 +393,18 @@ def build_engine(
         fingerprint=machine.fingerprint,
         cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
         describes_stored=bool(config.vllm_events.endpoint),
+        num_swap_blocks=config.swap_memory_bytes // machine.arena.block_bytes,
+        stall_s=config.stall_s,
     )
-    order = FirstComeFirstServed()
-    return Engine(machine.runner, bounds, order=order, shape=shape, clock=clock, on_cache_change=on_cache_change)
+    return Engine(
+        machine.runner,
+        bounds,
+        order=policies.order,
+        shape=policies.shape,
+        preempt=policies.preempt,
+        clock=clock,
+        on_cache_change=on_cache_change,
+    )
 
 
 def _transfer_arena(arena: KvArena) -> Arena:
@@ -415,54 +421,3 @@ async def _watch(thread: EngineThread, lifecycle: Lifecycle) -> None:
     while thread.is_alive:  # noqa: ASYNC110 a thread sets no asyncio event when it dies
         await asyncio.sleep(WATCH_INTERVAL_S)
     lifecycle.stop("the engine's thread died")
-
-
-def shape_context(config: WorkerConfig, cost: CostModel | None) -> ShapeContext:
-    """Return what the worker's shape is made with.
-
-    Raises:
-        ConfigError: the target is no time.
-    """
-    target_ms = config.tbt_target_ms
-    if target_ms is not None and target_ms <= 0:
-        raise ConfigError(f"wanted a target above 0 ms, found {target_ms}", field="tbt_target_ms")
-    return ShapeContext(
-        cost=cost,
-        tbt_target_s=None if target_ms is None else target_ms / 1000,
-        is_dynamic=config.dynamic_chunks,
-    )
-
-
-def shape_maker(name: str) -> Callable[[ShapeContext], ShapePolicy]:
-    """Return what makes a shape policy: that of `whole`, or of a technique that fills the seam.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name == "whole":
-        return _whole
-    technique = catalog.load(name)
-    if technique.shape is None:
-        raise ConfigError(f"technique {name} does not shape steps", field="shape")
-    return technique.shape
-
-
-def _whole(context: ShapeContext) -> ShapePolicy:
-    if context.tbt_target_s is not None or context.is_dynamic:
-        raise ConfigError("shape whole cuts nothing: it keeps to no target and has no dynamic chunks", field="shape")
-    return WholeShape()
-
-
-def make_pack(pack: Pack) -> PackPolicy | None:
-    """Return a pack policy; None for one token axis without pads."""
-    match pack:
-        case Pack.VARLEN:
-            return None
-        case Pack.PAD:
-            return PaddedRows()
-        case Pack.BINS:
-            make = catalog.load("prepacking").pack
-            assert make is not None
-            return make()
-        case _:
-            assert_never(pack)

@@ -157,6 +157,32 @@ class BlockLedger:
         lease.blocks.extend(added)
         return tuple(added)
 
+    def share(self, lease_id: str, blocks: Sequence[BlockId]) -> None:
+        """Add blocks that must be cached or leased to a lease.
+
+        Raises:
+            ValueError: a block is free.
+            KeyError: no such lease.
+        """
+        lease = self._leases[lease_id]
+        if not all(self._users[block] or block in self._cached for block in blocks):
+            raise ValueError("a shared block must be cached or leased: it may hold anything")
+        for block in blocks:
+            self._hit(block)
+        lease.blocks.extend(blocks)
+
+    def shrink(self, lease_id: str, num_kept: int) -> None:
+        """Let all blocks of a lease but the first `num_kept` go.
+
+        Raises:
+            KeyError: no such lease.
+        """
+        lease = self._leases[lease_id]
+        dropped = lease.blocks[num_kept:]
+        del lease.blocks[num_kept:]
+        for block in reversed(dropped):
+            self._unuse(block)
+
     def find(self, lease_id: str) -> Lease | None:
         """Return a live lease; it must not be changed."""
         return self._leases.get(lease_id)
@@ -304,10 +330,14 @@ class BlockLedger:
             found.append(block)
         return tuple(found)
 
-    def num_exclusive(self, lease_id: str) -> int:
-        """Return how many blocks the end of a lease makes available."""
+    def exclusive(self, lease_id: str) -> frozenset[BlockId]:
+        """Return the blocks that the end of a lease makes available."""
         lease = self._leases.get(lease_id)
-        return 0 if lease is None else sum(self._users[block] == 1 for block in lease.blocks)
+        return frozenset(block for block in lease.blocks if self._users[block] == 1) if lease else frozenset()
+
+    def has_name(self, block: BlockId) -> bool:
+        """Return whether a block's content has a name: others may share it, nobody may change it."""
+        return block in self._hash_of
 
     def is_cached(self, block: BlockId) -> bool:
         """Return whether a block is named and used by nobody."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace.core.block import BlockHash
+from headrace.core.block import BlockHash, BlockId
 from headrace.core.request import SequenceId
 
 
@@ -62,13 +62,17 @@ class StepPlan:
     Attributes:
         items: Work of the step, in the order it is packed.
         admit: Waiting sequences that get blocks for all their known tokens.
-        evict: Running sequences that give up their blocks and are recomputed later.
+        extend: Held sequences that get blocks for tokens which they were given later.
+        evict: Running or held sequences that give up their blocks.
+        save: Those of them whose KV is kept in host memory; the others' is computed again.
         wake_at: Time at which to plan again when there are no items; None waits for an event.
     """
 
     items: tuple[WorkItem, ...] = ()
     admit: tuple[SequenceId, ...] = ()
+    extend: tuple[SequenceId, ...] = ()
     evict: tuple[SequenceId, ...] = ()
+    save: tuple[SequenceId, ...] = ()
     wake_at: float | None = None
 
     @property
@@ -83,14 +87,21 @@ class SequenceView:
 
     Attributes:
         arrival: Order of arrival in this engine, from 0; kept over preemption.
-        num_tokens: Tokens known: prompt and output.
+        num_tokens: Tokens that may be computed: prompt and output, without the last one of an open prompt.
         num_computed: Leading tokens whose KV is present.
         num_blocks: Blocks its table holds.
-        num_blocks_to_admit: Blocks that its admission takes from the available ones, at most.
+        num_blocks_to_admit: Blocks that its admission, or its extension, takes from the available ones, at most.
         num_exclusive_blocks: Blocks that its eviction makes available, at least.
+        exclusive_blocks: They, of an open sequence whose blocks others may ask for.
+        matched_blocks: Blocks that its admission would share, whoever holds them now.
         is_held: Whether it has blocks but may not compute yet: its KV is on its way.
         is_decoding: Whether it has generated here.
         is_running: Whether it takes part in steps; the others wait for blocks.
+        is_extending: Whether it is held and needs blocks for tokens that it was given later.
+        is_open: Whether its prompt may still grow or change: no token is sampled from it.
+        is_stalled: Whether it is open and has not heard of its prompt for long.
+        revised_s: When its prompt last grew or changed, on the engine's clock.
+        kept_share: Share of its computed tokens that survived its revisions, by experience.
         can_evict: Whether it may be preempted (a sequence whose KV is being pushed may not).
         block_hashes: Names of its full blocks that others may share, in order; not to be changed.
         num_present_blocks: Leading ones of them whose KV can be shared now.
@@ -105,9 +116,16 @@ class SequenceView:
     num_blocks: int
     num_blocks_to_admit: int = 0
     num_exclusive_blocks: int = 0
+    exclusive_blocks: frozenset[BlockId] = frozenset()
+    matched_blocks: frozenset[BlockId] = frozenset()
     is_running: bool
     is_held: bool = False
     is_decoding: bool = False
+    is_extending: bool = False
+    is_open: bool = False
+    is_stalled: bool = False
+    revised_s: float = 0.0
+    kept_share: float = 1.0
     can_evict: bool = True
     block_hashes: Sequence[BlockHash] = ()
     num_present_blocks: int = 0
@@ -118,6 +136,24 @@ class SequenceView:
     def num_remaining(self) -> int:
         """Tokens whose KV is still to be computed; 1 while decoding."""
         return self.num_tokens - self.num_computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapView:
+    """What a policy may know of the host memory that KV can be kept in.
+
+    Attributes:
+        num_free_blocks: Blocks that it still has room for.
+        save_s: Seconds that copying a block there takes, as measured.
+        load_s: Seconds that copying a block back takes.
+    """
+
+    num_free_blocks: int = 0
+    save_s: float = 0.0
+    load_s: float = 0.0
+
+
+NO_SWAP = SwapView()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +168,9 @@ class SchedulerView:
         token_budget: Most tokens of one step.
         max_running: Most sequences that may hold blocks.
         num_done: Sequences that hold blocks and are not scheduled any more: their owner has not closed them.
+        num_leaving: Of them, those that were evicted while a peer sent their KV.
+        num_leaving_blocks: Blocks that these give back.
+        swap: Host memory for KV.
     """
 
     sequences: tuple[SequenceView, ...] = field(default=())
@@ -141,3 +180,6 @@ class SchedulerView:
     token_budget: int
     max_running: int
     num_done: int = 0
+    num_leaving: int = 0
+    num_leaving_blocks: int = 0
+    swap: SwapView = NO_SWAP

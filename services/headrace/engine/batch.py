@@ -94,6 +94,14 @@ class Runner(Protocol):
         """
         ...
 
+    def read_blocks(self, blocks: Sequence[BlockId]) -> torch.Tensor:
+        """Return a copy of blocks, `[num_blocks, block_bytes]`, uint8, in host memory."""
+        ...
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: torch.Tensor) -> None:
+        """Overwrite blocks with what `read_blocks` returned; entry i of their sequence has position i."""
+        ...
+
 
 def batch_item(
     token_ids: Sequence[int],

@@ -32,7 +32,7 @@ class BlockCache:
     def usable_hashes(self, sequence: Sequence) -> list[BlockHash]:
         """Return the names of the full blocks before the last known token."""
         self._hash_full_blocks(sequence)
-        return sequence.hashes[: (len(sequence.tokens) - 1) // self.block_tokens]
+        return sequence.hashes[: max(0, len(sequence.tokens) - 1) // self.block_tokens]
 
     def match(self, sequence: Sequence) -> tuple[BlockId, ...]:
         """Return the blocks of the longest reusable prefix of a sequence's known tokens."""
@@ -61,9 +61,35 @@ class BlockCache:
         if missing > 0:
             sequence.blocks.extend(self.ledger.extend(sequence.lease_id, missing))
 
+    def truncate(self, sequence: Sequence, num_kept: int) -> None:
+        """Let go of everything behind the first `num_kept` tokens.
+
+        A shared block in which they end goes as a whole: who shares it needs the rest of it.
+        """
+        size = self.block_tokens
+        present = min(sequence.kv_length, num_kept)
+        if present % size and self.ledger.has_name(sequence.blocks[present // size]):
+            present -= present % size
+        sequence.num_named = min(sequence.num_named, present // size)
+        del sequence.hashes[num_kept // size :]
+        self._shrink(sequence, blocks_for(present, size))
+        sequence.place(present)
+
+    def share_more(self, sequence: Sequence) -> None:
+        """Take blocks that follow the present KV from the cache: a prompt may grow by what others have computed."""
+        first = sequence.kv_length // self.block_tokens
+        found = self.ledger.match(self.usable_hashes(sequence)[first:])
+        if found:
+            # The KV of a block that was begun is cheaper to have from there than to complete here.
+            self._shrink(sequence, first)
+            self.ledger.share(sequence.lease_id, found)
+            sequence.blocks.extend(found)
+            sequence.place((first + len(found)) * self.block_tokens)
+
     def name_full_blocks(self, sequence: Sequence) -> None:
-        """Name the blocks that computed tokens have filled since the last call."""
-        num_full = sequence.kv_length // self.block_tokens
+        """Name the blocks that computed tokens have filled since the last call, but none that may still change."""
+        num_settled = min(sequence.kv_length, sequence.num_final) if sequence.is_open else sequence.kv_length
+        num_full = num_settled // self.block_tokens
         if num_full <= sequence.num_named:
             return
         self._hash_full_blocks(sequence)
@@ -76,9 +102,13 @@ class BlockCache:
                     self._described[block_hash] = self._describe(sequence, index)
         sequence.num_named = num_full
 
-    def num_exclusive(self, sequence: Sequence) -> int:
-        """Return how many blocks a sequence's eviction makes available, at least."""
-        return self.ledger.num_exclusive(sequence.lease_id)
+    def trim(self, sequence: Sequence) -> None:
+        """Let go of blocks behind the known tokens."""
+        self._shrink(sequence, blocks_for(len(sequence.tokens), self.block_tokens))
+
+    def exclusive(self, sequence: Sequence) -> frozenset[BlockId]:
+        """Return the blocks that a sequence's eviction makes available."""
+        return self.ledger.exclusive(sequence.lease_id)
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence's lease; its named blocks stay until they are needed."""
@@ -99,6 +129,11 @@ class BlockCache:
         described = tuple(self._described[block] for block in stored)
         self._described.clear()
         return CacheChange(stored=stored, decoded=decoded, removed=removed, described=described)
+
+    def _shrink(self, sequence: Sequence, num_blocks: int) -> None:
+        if len(sequence.blocks) > num_blocks:
+            del sequence.blocks[num_blocks:]
+            self.ledger.shrink(sequence.lease_id, num_blocks)
 
     def _describe(self, sequence: Sequence, index: int) -> ChainedBlock:
         return ChainedBlock(

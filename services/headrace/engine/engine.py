@@ -4,18 +4,17 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 
 from headrace.clock import Clock
-from headrace.core.block import blocks_for, root_hash
-from headrace.core.cost import CostModel
-from headrace.core.plan import SchedulerView, SequenceView, StepPlan, WorkItem
+from headrace.core.block import BlockId, blocks_for, root_hash
+from headrace.core.plan import StepPlan, WorkItem
 from headrace.core.request import FinishReason, SequenceId, Token
 from headrace.engine.batch import Batch, BatchItem, Runner
 from headrace.engine.cache import BlockCache
+from headrace.engine.config import EngineConfig
 from headrace.engine.landing import Landing, NotLanded
 from headrace.engine.messages import (
     Admitted,
@@ -24,6 +23,7 @@ from headrace.engine.messages import (
     Close,
     EngineCommand,
     EngineStats,
+    Extended,
     Failed,
     Goal,
     HoldWriter,
@@ -34,40 +34,24 @@ from headrace.engine.messages import (
     Progress,
     Quarantine,
     ReleaseWriter,
+    Revise,
     Sampled,
+    Settle,
     StartEarly,
     Unpin,
 )
+from headrace.engine.revisions import Revisions
 from headrace.engine.sampler import Chosen, SamplingRow, sample
-from headrace.engine.scheduler import plan_step
+from headrace.engine.scheduler import RECOMPUTE_ALWAYS, plan_step
 from headrace.engine.sequence import Sequence, State
-from headrace.errors import DeadlineExceeded, HeadraceError, InternalError, InvalidRequest
+from headrace.engine.swap import HostSwap
+from headrace.engine.views import scheduler_view
+from headrace.errors import DeadlineExceeded, HeadraceError, InternalError, InvalidRequest, Saturated
 from headrace.seams.order import OrderPolicy
+from headrace.seams.preempt import PreemptPolicy
 from headrace.seams.shape import ShapePolicy
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Bounds of an engine.
-
-    Attributes:
-        num_blocks: Size of the pool.
-        token_budget: Most tokens of one step.
-        max_running: Most sequences that hold blocks.
-        fingerprint: Digest of the model, under which blocks are hashed.
-        cost: What steps cost: prompts that cannot be computed before their deadline are refused by it. None
-            refuses none.
-        describes_stored: Whether changes of the cache carry the tokens of stored blocks.
-    """
-
-    num_blocks: int
-    token_budget: int
-    max_running: int
-    fingerprint: str
-    cost: CostModel | None = None
-    describes_stored: bool = False
 
 
 class Engine:
@@ -80,6 +64,7 @@ class Engine:
         shape: Cuts steps.
         clock: Ends sequences whose deadline passes.
         on_cache_change: Hears what came into and left the prefix cache; must only hand it over.
+        preempt: Chooses whose KV is kept in host memory.
     """
 
     def __init__(  # noqa: PLR0913 the engine's parts
@@ -91,6 +76,7 @@ class Engine:
         shape: ShapePolicy,
         clock: Clock,
         on_cache_change: Callable[[CacheChange], None],
+        preempt: PreemptPolicy = RECOMPUTE_ALWAYS,
     ) -> None:
         self._runner = runner
         self._config = config
@@ -103,6 +89,9 @@ class Engine:
         )
         # An answer that would fill the pool alone could never go on, as one that fills the context.
         self._max_tokens = min(runner.max_context_tokens, config.num_blocks * runner.layout.block_tokens)
+        self._preempt = preempt
+        self._swap = HostSwap(runner, config.num_swap_blocks, config.num_blocks, clock)
+        self._revisions = Revisions(self._cache, self._swap, self._max_tokens, runner.vocab_size)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._arrivals = itertools.count()
         self._num_steps = 0
@@ -118,7 +107,7 @@ class Engine:
         return EngineStats(
             num_running=len(self._sequences) - len(waiting),
             num_waiting=len(waiting),
-            waiting_tokens=sum(len(sequence.tokens) - sequence.kv_length for sequence in live),
+            waiting_tokens=sum(sequence.num_computable - sequence.kv_length for sequence in live),
             total_blocks=counts.total,
             free_blocks=counts.free,
             cached_blocks=counts.cached,
@@ -141,6 +130,10 @@ class Engine:
         match command:
             case Open():
                 self._open(command)
+            case Revise():
+                self._revise(command)
+            case Settle():
+                self._settle(command)
             case Begin():
                 self._begin(command)
             case StartEarly():
@@ -176,8 +169,9 @@ class Engine:
             InternalError: blocks were lost or counted twice; the engine must not go on.
         """
         self._expire()
+        self._take_revisions()
         plan = self._plan()
-        has_work = bool(plan.items or plan.admit or plan.evict)
+        has_work = bool(plan.items or plan.admit or plan.extend or plan.evict)
         if has_work:
             begun_s = self._clock.now()
             self._make_room(plan)
@@ -192,8 +186,16 @@ class Engine:
         """Return when `step` has something to expire, if nothing happens before."""
         deadlines = [sequence.deadline_s for sequence in self._sequences.values() if not sequence.has_failed]
         leases_s = self._cache.ledger.next_deadline_s()
-        finite = [deadline for deadline in (*deadlines, leases_s) if deadline != float("inf")]
+        finite = [deadline for deadline in (*deadlines, *self._stalls(), leases_s) if deadline != float("inf")]
         return min(finite) if finite else None
+
+    def _stalls(self) -> list[float]:
+        """Return when open sequences will have stalled whose blocks somebody waits for."""
+        if all(each.state is not State.WAITING for each in self._sequences.values()):
+            return []
+        now_s = self._clock.now()
+        ends = [each.revised_s + self._config.stall_s for each in self._sequences.values() if each.is_open]
+        return [end for end in ends if end > now_s]
 
     def fail_all(self, error: HeadraceError) -> None:
         """End every sequence; the engine is leaving."""
@@ -212,6 +214,10 @@ class Engine:
             root=root_hash(self._config.fingerprint, spec.cache_key),
             arrives_whole=command.arrives_whole,
             tokens=list(spec.tokens),
+            is_streamed=command.is_open,
+            is_open=command.is_open,
+            num_final=command.num_final,
+            revised_s=self._clock.now(),
         )
         refusal = self._refusal(sequence)
         if refusal is not None:
@@ -223,23 +229,17 @@ class Engine:
         spec, vocab_size = sequence.spec, self._runner.vocab_size
         if spec.sequence_id in self._sequences:
             return InvalidRequest(f"sequence {spec.sequence_id} is open already", field="sequence_id")
-        if not spec.prompt:
+        if not spec.prompt and not sequence.is_open:
             return InvalidRequest("the prompt is empty: give at least one token", field="prompt")
-        if len(spec.tokens) >= self._max_tokens:
-            return InvalidRequest(
-                f"{len(spec.tokens)} tokens leave no room for an answer: at most {self._max_tokens} fit here",
-                field="prompt",
-                limit=f"{self._max_tokens} tokens",
-            )
+        if refusal := self._revisions.refusal(spec.tokens, "prompt"):
+            return refusal
         if spec.sampling.max_tokens <= len(spec.output):
             return InvalidRequest(
                 f"{len(spec.output)} of at most {spec.sampling.max_tokens} tokens are generated already",
                 field="max_tokens",
                 limit=f"more than {len(spec.output)}",
             )
-        # A token id that does not exist would fail the whole step, with all sequences that share it.
         ids = {
-            "prompt": spec.tokens,
             "stop_token_ids": spec.sampling.stop_token_ids,
             "logit_bias": [token for token, _ in spec.sampling.logit_bias],
         }
@@ -249,11 +249,37 @@ class Engine:
                 return InvalidRequest(f"a token id in {field} is not in the vocabulary", field=field, limit=limit)
         return None
 
+    def _revise(self, command: Revise) -> None:
+        sequence = self._sequences.get(command.sequence_id)
+        if sequence is None or sequence.has_failed:
+            return
+        sequence.pending.append(command)
+        sequence.revised_s = self._clock.now()
+
+    def _take_revisions(self) -> None:
+        """Carry out the revisions of sequences into whose blocks nothing is being fetched."""
+        for sequence in [each for each in self._sequences.values() if each.pending and not each.has_failed]:
+            refusal = self._revisions.take(sequence)
+            if refusal is not None:
+                self._fail(sequence, refusal)
+
+    def _settle(self, command: Settle) -> None:
+        sequence = self._sequences.get(command.sequence_id)
+        if sequence is not None:
+            self._revisions.settle(sequence, command.num_progress)
+
     def _begin(self, command: Begin) -> None:
         sequence = self._sequences.get(command.sequence_id)
         if sequence is None or sequence.state is not State.HELD:
             return
         num_known, present = len(sequence.tokens), command.num_present
+        if sequence.is_open and sequence.arrives_whole:
+            self._fail(sequence, InternalError("begin says that all KV has come, and the prompt is still open"))
+            return
+        if sequence.is_open:
+            sequence.start(min(max(present, sequence.kv_length), sequence.num_computable))
+            self._cache.name_full_blocks(sequence)
+            return
         if not 0 <= present <= num_known or (present == num_known and command.first is None):
             error = InternalError(f"begin says {present} of {num_known} tokens are present: nothing is left to sample")
             self._fail(sequence, error)
@@ -261,6 +287,7 @@ class Engine:
         if command.first is not None and not 0 <= command.first.token_id < self._runner.vocab_size:
             self._fail(sequence, InternalError("begin's first token is not in the vocabulary"))
             return
+        self._cache.trim(sequence)
         # The local cache may hold more than the caller counts; its blocks are shared and not written again.
         sequence.start(max(present, sequence.kv_length))
         self._cache.name_full_blocks(sequence)
@@ -316,85 +343,15 @@ class Engine:
         return 0.0 if cost is None else cost.least_prefill_s(len(sequence.tokens) - num_present, num_present)
 
     def _plan(self) -> StepPlan:
-        view = SchedulerView(
-            sequences=self._views(),
-            num_available=self._cache.ledger.num_available,
-            block_tokens=self._runner.layout.block_tokens,
-            num_layers=self._runner.num_layers,
-            token_budget=self._config.token_budget,
-            max_running=self._config.max_running,
-            num_done=self._num_done(),
-        )
-        return plan_step(view, self._order, self._shape, self._clock.now())
-
-    def _views(self) -> tuple[SequenceView, ...]:
-        """Return what the plan may know; counts that cannot matter in this step are bounds and cost nothing."""
-        live = [sequence for sequence in self._sequences.values() if sequence.state is not State.DONE]
-        # A step adds at most one block to a sequence: only where that may not fit is anyone evicted.
-        is_tight = self._cache.ledger.num_available < len(live)
-        # No more can be admitted than this, so the prefixes of later arrivals need not be looked up.
-        num_places = self._config.max_running - self._num_done() - sum(bool(sequence.blocks) for sequence in live)
-        views: list[SequenceView] = []
-        for sequence in live:
-            if sequence.state is State.WAITING:
-                views.append(self._waiting_view(sequence, is_exact=num_places > 0))
-                num_places -= 1
-            else:
-                views.append(self._placed_view(sequence, is_tight=is_tight))
-        return tuple(views)
-
-    def _num_done(self) -> int:
-        return sum(sequence.state is State.DONE for sequence in self._sequences.values())
-
-    def _waiting_view(self, sequence: Sequence, *, is_exact: bool) -> SequenceView:
-        view = SequenceView(
-            sequence_id=sequence.spec.sequence_id,
-            arrival=sequence.arrival,
-            num_tokens=len(sequence.tokens),
-            num_computed=0,
-            num_blocks=0,
-            num_blocks_to_admit=blocks_for(len(sequence.tokens), self._runner.layout.block_tokens),
-            is_running=False,
-            arrives_whole=sequence.arrives_whole,
-            deadline_s=sequence.deadline_s,
-        )
-        if not is_exact:
-            return view
-        matched = self._cache.match(sequence)
-        return dataclasses.replace(
-            view,
-            num_blocks_to_admit=self._cache.admission_cost(sequence, matched),
-            block_hashes=self._cache.usable_hashes(sequence),
-            num_present_blocks=len(matched),
-        )
-
-    def _placed_view(self, sequence: Sequence, *, is_tight: bool) -> SequenceView:
-        is_running = sequence.state is State.RUNNING or sequence.landing is not None
-        can_evict = sequence.state is State.RUNNING and sequence.goal is Goal.ANSWER
-        return SequenceView(
-            sequence_id=sequence.spec.sequence_id,
-            arrival=sequence.arrival,
-            num_tokens=len(sequence.tokens),
-            num_computed=sequence.num_present,
-            num_blocks=len(sequence.blocks),
-            num_exclusive_blocks=self._cache.num_exclusive(sequence) if can_evict and is_tight else 0,
-            is_running=is_running,
-            is_held=not is_running and sequence.state is State.HELD,
-            is_decoding=sequence.is_decoding,
-            can_evict=can_evict,
-            block_hashes=sequence.hashes,
-            num_present_blocks=sequence.num_named,
-            arrives_whole=sequence.arrives_whole and not is_running,
-            deadline_s=sequence.deadline_s,
-        )
+        now_s = self._clock.now()
+        view = scheduler_view(self._sequences.values(), self._cache, self._runner, self._config, now_s)
+        view = dataclasses.replace(view, swap=self._swap.view())
+        return plan_step(view, self._order, self._shape, now_s, self._preempt)
 
     def _make_room(self, plan: StepPlan) -> None:
         """Evict, admit and grow what the plan says; by construction nothing here runs out of blocks."""
         for sequence_id in plan.evict:
-            sequence = self._sequences[sequence_id]
-            self._cache.release(sequence)
-            sequence.lose_blocks()
-            self._num_preemptions += 1
+            self._evict(self._sequences[sequence_id], is_saved=sequence_id in plan.save)
         admitted = [self._sequences[sequence_id] for sequence_id in plan.admit]
         for sequence in admitted:
             self._cache.share(sequence)
@@ -403,10 +360,41 @@ class Engine:
         for sequence in admitted:
             self._cache.grow(sequence, len(sequence.tokens))
             self._admit(sequence)
+        for sequence in [self._sequences[sequence_id] for sequence_id in plan.extend]:
+            self._cache.grow(sequence, len(sequence.tokens))
+            sequence.is_extending = False
+            blocks, version = tuple(sequence.blocks), sequence.version
+            sequence.sink(Extended(sequence_id=sequence.spec.sequence_id, version=version, block_ids=blocks))
+
+    def _evict(self, sequence: Sequence, *, is_saved: bool) -> None:
+        self._num_preemptions += 1
+        if sequence.state is State.HELD:
+            error = Saturated("this worker needs the blocks that wait for the rest of a context", retry_after_s=1.0)
+            self._fail(sequence, error)
+            return
+        if is_saved:
+            blocks = sequence.blocks[: blocks_for(sequence.kv_length, self._cache.block_tokens)]
+            sequence.saved = self._swap.save(blocks, sequence.kv_length)
+        self._cache.release(sequence)
+        sequence.lose_blocks()
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Copy KV back that was kept when the sequence lost its blocks, behind what the cache had of it."""
+        saved, sequence.saved = sequence.saved, None
+        if saved is None:
+            return
+        if saved.num_tokens > sequence.kv_length:
+            size = self._cache.block_tokens
+            first = sequence.kv_length // size
+            self._swap.load(saved, first, sequence.blocks[first : blocks_for(saved.num_tokens, size)])
+            sequence.place(saved.num_tokens)
+            self._cache.name_full_blocks(sequence)
+        self._swap.drop(saved)
 
     def _admit(self, sequence: Sequence) -> None:
         if sequence.has_begun:
             sequence.state = State.RUNNING
+            self._restore(sequence)
             return
         sequence.state = State.HELD
         sequence.sink(
@@ -415,6 +403,7 @@ class Engine:
                 block_ids=tuple(sequence.blocks),
                 num_cached_tokens=sequence.kv_length,
                 block_hashes=tuple(sequence.hashes),
+                version=sequence.version,
             )
         )
 
@@ -479,7 +468,22 @@ class Engine:
             self._computed_tokens += item.num_tokens
             self._cache.name_full_blocks(sequence)
             if was_prompt:
-                sequence.sink(Progress(sequence_id=item.sequence_id, num_computed=sequence.kv_length))
+                self._report(sequence)
+
+    def _report(self, sequence: Sequence) -> None:
+        """Tell how far a prompt is, and where, if its blocks were not all known at its admission."""
+        blocks: tuple[BlockId, ...] = ()
+        if sequence.is_streamed:
+            blocks = tuple(sequence.blocks[: blocks_for(sequence.kv_length, self._cache.block_tokens)])
+            sequence.num_unsettled += sequence.goal is Goal.FIRST_TOKEN
+        sequence.sink(
+            Progress(
+                sequence_id=sequence.spec.sequence_id,
+                num_computed=sequence.kv_length,
+                version=sequence.version,
+                block_ids=blocks,
+            )
+        )
 
     def _rows(self, sequences: Iterable[Sequence]) -> list[SamplingRow]:
         return [
@@ -519,6 +523,7 @@ class Engine:
     def _drop(self, sequence_id: SequenceId) -> None:
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is not None:
+            self._revisions.forget(sequence)
             self._cache.release(sequence)
 
     def _announce(self) -> None:

@@ -31,12 +31,14 @@ class Admitted:
         num_cached_tokens: Leading tokens whose KV the local prefix cache provided; a
             multiple of the block size and less than the number of known tokens.
         block_hashes: Chained hashes of the full blocks of the known tokens.
+        version: Of the prompt that it was admitted with.
     """
 
     sequence_id: SequenceId
     block_ids: tuple[BlockId, ...]
     num_cached_tokens: int
     block_hashes: tuple[BlockHash, ...]
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,29 @@ class Progress:
     """A chunk was computed: KV of tokens [0, num_computed) is in the pool.
 
     Not sent while a sequence decodes.
+
+    Attributes:
+        version: Of the prompt that this is true of.
+        block_ids: Blocks of the computed tokens, of a sequence that was opened open; else those of its admission.
     """
 
     sequence_id: SequenceId
     num_computed: int
+    version: int = 0
+    block_ids: tuple[BlockId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extended:
+    """A held open sequence, whose KV a peer sends, has blocks for all tokens of its prompt's new version.
+
+    Attributes:
+        block_ids: Its whole table, one entry per block of known tokens; the first ones are those it had.
+    """
+
+    sequence_id: SequenceId
+    version: int
+    block_ids: tuple[BlockId, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +91,7 @@ class Failed:
     error: HeadraceError
 
 
-EngineEvent: TypeAlias = Admitted | Progress | Sampled | Failed
+EngineEvent: TypeAlias = Admitted | Progress | Extended | Sampled | Failed
 EventSink: TypeAlias = Callable[[EngineEvent], None]
 """Called on the engine's thread; must only hand the event over (`call_soon_threadsafe`)."""
 
@@ -81,12 +102,50 @@ class Open:
 
     Attributes:
         arrives_whole: Whether a peer computes the KV and sends it before Begin.
+        is_open: Whether the prompt may still grow or change, by Revise; it may be empty then.
+        num_final: Leading tokens of an open prompt that stay as they are: others may find their blocks.
     """
 
     spec: SequenceSpec
     goal: Goal
     sink: EventSink
     arrives_whole: bool = False
+    is_open: bool = False
+    num_final: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revise:
+    """Give an open prompt its next version: some of its leading tokens, followed by others.
+
+    The last token of an open prompt is known but not computed, so that a close which adds nothing has one to sample
+    from. What KV is present of the kept tokens stays; a shared block in which they end is let go.
+
+    Attributes:
+        version: One more than the last; the opening is version 0.
+        num_kept: Leading tokens that stay.
+        tokens: Those that follow them.
+        num_final: Leading tokens that no later version changes.
+        is_closed: Whether this is the last version: what follows is its answer.
+    """
+
+    sequence_id: SequenceId
+    version: int
+    num_kept: int
+    tokens: tuple[int, ...]
+    num_final: int = 0
+    is_closed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle:
+    """No transfer reads the blocks that the last `num_progress` unsettled Progress events of a sequence told of.
+
+    An open sequence whose goal is the first token gives up its blocks only when all are settled.
+    """
+
+    sequence_id: SequenceId
+    num_progress: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +264,19 @@ class ListHolders:
 
 
 EngineCommand: TypeAlias = (
-    Open | Begin | StartEarly | Keep | Close | Pin | Unpin | HoldWriter | ReleaseWriter | Quarantine | ListHolders
+    Open
+    | Revise
+    | Settle
+    | Begin
+    | StartEarly
+    | Keep
+    | Close
+    | Pin
+    | Unpin
+    | HoldWriter
+    | ReleaseWriter
+    | Quarantine
+    | ListHolders
 )
 
 

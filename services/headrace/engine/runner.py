@@ -1,12 +1,12 @@
 """Batch -> tensors -> logits; no policy."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, chain
 
 import torch
 
-from headrace.core.block import KvLayout, blocks_for
+from headrace.core.block import BlockId, KvLayout, blocks_for
 from headrace.engine.arena import KvArena
 from headrace.engine.batch import Batch, BatchItem
 from headrace.engine.models.decoder import StepInputs
@@ -86,6 +86,18 @@ class ModelRunner:
         if batch.await_layer is not None:
             inputs = dataclasses.replace(inputs, await_layer=batch.await_layer)
         return self._model.decoder(inputs, self._arena.data, self._threads)
+
+    def read_blocks(self, blocks: Sequence[BlockId]) -> torch.Tensor:
+        """Return a copy of blocks; see `headrace.engine.batch.Runner.read_blocks`."""
+        data = self._arena.data
+        picked = data[self._long(blocks)]
+        return picked.cpu().reshape(len(blocks), -1).view(torch.uint8)
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: torch.Tensor) -> None:
+        """Overwrite blocks; see `headrace.engine.batch.Runner.write_blocks`."""
+        arena = self._arena.data
+        values = data.reshape(-1).view(arena.dtype).view(len(blocks), *arena.shape[1:])
+        arena[self._long(blocks)] = values.to(arena.device)
 
     def _laid_out(self, items: tuple[BatchItem, ...]) -> StepInputs:
         if self._pack is None:

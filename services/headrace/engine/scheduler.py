@@ -1,11 +1,13 @@
 """Plan a step: pure, on a copy of the free blocks; what it plans, the commit can always do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from headrace.core.block import blocks_for
+from headrace.core.block import BlockId, blocks_for
 from headrace.core.plan import Phase, SchedulerView, SequenceView, StepPlan, WorkItem
 from headrace.core.request import SequenceId
 from headrace.seams.order import OrderPolicy
+from headrace.seams.preempt import PreemptPolicy
 from headrace.seams.shape import ShapePolicy
 
 
@@ -33,38 +35,83 @@ class WholeShape:
         return (*decodes, *prompts)
 
 
-def plan_step(view: SchedulerView, order: OrderPolicy, shape: ShapePolicy, now_s: float) -> StepPlan:
+class RecomputeAlways:
+    """Keep no KV of preempted sequences: the baseline that copies to host memory are measured against."""
+
+    def saves(self, victim: SequenceView, view: SchedulerView) -> bool:
+        """Return False."""
+        return False
+
+
+RECOMPUTE_ALWAYS = RecomputeAlways()
+
+
+def plan_step(
+    view: SchedulerView,
+    order: OrderPolicy,
+    shape: ShapePolicy,
+    now_s: float,
+    preempt: PreemptPolicy = RECOMPUTE_ALWAYS,
+) -> StepPlan:
     """Return what to compute, whom to admit and whom to evict; nothing is changed.
 
     Running sequences come before waiting ones; when a running one needs a block and none can be had, the
-    worst-ranked evictable one gives up its blocks. Nobody is admitted in a step that evicts.
+    worst-ranked evictable one gives up its blocks. Nobody is admitted in a step that evicts for that. Whoever waits
+    may take the blocks and the places of open sequences that rank behind it, and of nobody else.
     """
     ranked = sorted(view.sequences, key=lambda sequence: order.key(sequence, now_s))
-    running = [sequence for sequence in ranked if sequence.is_running]
-    kept, evicted, available = _fit(running, shape, view)
-    admitted = () if evicted else _admit(ranked, len(running) + view.num_done, available, view.max_running)
-    items = tuple(_item(sequence, size, view.num_layers) for sequence, size in kept)
-    return StepPlan(items=items, admit=admitted, evict=tuple(evicted))
+    kept, evicted, available = _fit(ranked, shape, view)
+    if evicted:
+        admission = _Admission(available=available, num_holding=0)
+    else:
+        admission = _admit(ranked, kept, available, view)
+    gone = [*evicted, *admission.displaced]
+    gone_ids = {sequence.sequence_id for sequence in gone}
+    items = [_item(sequence, size, view.num_layers) for sequence, size in kept if sequence.sequence_id not in gone_ids]
+    return StepPlan(
+        items=tuple(items),
+        admit=tuple(admission.admitted),
+        extend=tuple(admission.extended),
+        evict=tuple(sequence.sequence_id for sequence in gone),
+        save=tuple(_saved(gone, view, preempt)),
+    )
+
+
+def _saved(gone: list[SequenceView], view: SchedulerView, preempt: PreemptPolicy) -> Iterator[SequenceId]:
+    """Choose whose KV is kept in host memory, as far as that has room."""
+    num_free = view.swap.num_free_blocks
+    for sequence in gone:
+        num_blocks = blocks_for(sequence.num_computed, view.block_tokens)
+        if sequence.is_running and 0 < num_blocks <= num_free and preempt.saves(sequence, view):
+            num_free -= num_blocks
+            yield sequence.sequence_id
 
 
 def _fit(
-    running: list[SequenceView], shape: ShapePolicy, view: SchedulerView
-) -> tuple[list[tuple[SequenceView, int]], list[SequenceId], int]:
-    """Cut the step and take blocks for its growth; returns what fits, who is evicted, and what is left."""
-    remaining = list(running)
-    evicted: list[SequenceId] = []
-    available = view.num_available
+    ranked: list[SequenceView], shape: ShapePolicy, view: SchedulerView
+) -> tuple[list[tuple[SequenceView, int]], list[SequenceView], int]:
+    """Cut the step and take blocks for its growth; returns what fits, who is evicted, and what is left.
+
+    The blocks of a held sequence come back when its owner has closed it: until then, what needs them waits.
+    """
+    remaining = [sequence for sequence in ranked if sequence.is_running or sequence.is_held]
+    evicted: list[SequenceView] = []
+    available, leaving = view.num_available, view.num_leaving_blocks
     while True:
-        cuts = list(shape.cut(remaining, view.token_budget))
+        running = [sequence for sequence in remaining if sequence.is_running and sequence.num_remaining > 0]
+        cuts = list(shape.cut(running, view.token_budget))
         needed = sum(_growth(sequence, size, view.block_tokens) for sequence, size in cuts)
         if needed <= available:
             return cuts, evicted, available - needed
         victim = next((sequence for sequence in reversed(remaining) if sequence.can_evict), None)
-        if victim is None:
+        if victim is None or needed <= available + leaving:
             return _leave_out(cuts, available, view.block_tokens), evicted, 0
         remaining.remove(victim)
-        evicted.append(victim.sequence_id)
-        available += victim.num_exclusive_blocks
+        evicted.append(victim)
+        if victim.is_held:
+            leaving += victim.num_exclusive_blocks
+        else:
+            available += victim.num_exclusive_blocks
 
 
 def _leave_out(
@@ -80,28 +127,111 @@ def _leave_out(
     return kept
 
 
-def _admit(ranked: list[SequenceView], num_placed: int, available: int, max_running: int) -> tuple[SequenceId, ...]:
+@dataclass(slots=True, kw_only=True)
+class _Admission:
+    """What an admission has decided so far.
+
+    Attributes:
+        available: Blocks that nobody has been given.
+        num_holding: Sequences that hold a place.
+        displaced: Open sequences that make room.
+        freed: Their blocks.
+        shared: Blocks that admitted sequences share.
+    """
+
+    available: int
+    num_holding: int
+    admitted: list[SequenceId] = field(default_factory=list)
+    extended: list[SequenceId] = field(default_factory=list)
+    displaced: list[SequenceView] = field(default_factory=list)
+    freed: set[BlockId] = field(default_factory=set)
+    shared: set[BlockId] = field(default_factory=set)
+
+    def take(self, sequence: SequenceView, chosen: list[SequenceView], num_blocks: int) -> None:
+        """Give a sequence its blocks, and a place unless it has one.
+
+        Args:
+            sequence: The sequence.
+            chosen: Who makes room for it.
+            num_blocks: What it takes beyond what they free.
+        """
+        self.displaced.extend(chosen)
+        self.freed.update(*(victim.exclusive_blocks for victim in chosen))
+        self.shared.update(sequence.matched_blocks)
+        self.available -= num_blocks
+        self.num_holding -= len(chosen)
+        if sequence.is_held:
+            self.extended.append(sequence.sequence_id)
+        else:
+            self.num_holding += 1
+            self.admitted.append(sequence.sequence_id)
+
+
+def _admit(
+    ranked: list[SequenceView], kept: list[tuple[SequenceView, int]], available: int, view: SchedulerView
+) -> _Admission:
     """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves.
 
-    Whoever can share blocks that are on their way waits for them, and holds back nobody.
+    Whoever can share blocks that are on their way waits for them, and holds back nobody. An open sequence that has
+    stalled and lost its blocks asks for none before it hears of its prompt again.
     """
-    admitted: list[SequenceId] = []
-    num_holding = num_placed + sum(sequence.is_held for sequence in ranked)
     coming = [sequence for sequence in ranked if sequence.is_running or sequence.is_held]
-    for sequence in ranked:
-        if sequence.is_running or sequence.is_held:
+    found = _Admission(available=available, num_holding=len(coming) + view.num_done)
+    # What the plan has given to a sequence for this step comes back with its blocks.
+    regained = {each.sequence_id: _growth(each, size, view.block_tokens) for each, size in kept}
+    for index, sequence in enumerate(ranked):
+        is_placed = sequence.is_running or sequence.is_held
+        if not sequence.is_extending if is_placed else sequence.is_stalled:
             continue
-        if num_holding >= max_running:
-            break
-        if any(_will_share(sequence, other) for other in coming):
+        if not is_placed and any(_will_share(sequence, other) for other in coming):
             continue
-        if sequence.num_blocks_to_admit > available:
+        behind = [each for each in ranked[index + 1 :] if _may_displace(each) and each not in found.displaced]
+        if not _make_room(sequence, behind, regained, found, view):
             break
-        available -= sequence.num_blocks_to_admit
-        num_holding += 1
         coming.append(sequence)
-        admitted.append(sequence.sequence_id)
-    return tuple(admitted)
+    return found
+
+
+def _may_displace(sequence: SequenceView) -> bool:
+    return sequence.is_open and sequence.can_evict and (sequence.is_running or sequence.is_held)
+
+
+def _make_room(
+    sequence: SequenceView,
+    behind: list[SequenceView],
+    regained: dict[SequenceId, int],
+    found: _Admission,
+    view: SchedulerView,
+) -> bool:
+    """Displace as few as are needed, the worst-ranked first; False when there is no room for it in this step."""
+    num_places = found.num_holding + (0 if sequence.is_held else 1) - view.max_running
+    chosen: list[SequenceView] = []
+    leaving, num_leaving = view.num_leaving_blocks, view.num_leaving
+    while True:
+        # What has to be freed: with it come blocks that are to be shared, which somebody has to take from the rest.
+        num_blocks = _num_freed(chosen, regained, {*found.shared, *sequence.matched_blocks})
+        cost = sequence.num_blocks_to_admit + len(sequence.matched_blocks & found.freed)
+        missing = cost - found.available - num_blocks
+        if missing <= 0 and len(chosen) >= num_places:
+            found.take(sequence, chosen, cost - num_blocks)
+            return True
+        if not behind or (missing <= leaving and len(chosen) + num_leaving >= num_places):
+            return False
+        victim = behind.pop()
+        if victim.is_held:
+            # Its owner is told, and closes it: there may be room in a later step.
+            found.displaced.append(victim)
+            leaving, num_leaving = leaving + victim.num_exclusive_blocks, num_leaving + 1
+        else:
+            chosen.append(victim)
+
+
+def _num_freed(chosen: list[SequenceView], regained: dict[SequenceId, int], shared: set[BlockId]) -> int:
+    """Return how many blocks the eviction of `chosen` adds to those that can be had, if `shared` ones stay in use."""
+    return sum(
+        victim.num_exclusive_blocks - len(victim.exclusive_blocks & shared) + regained.get(victim.sequence_id, 0)
+        for victim in chosen
+    )
 
 
 def _will_share(sequence: SequenceView, other: SequenceView) -> bool:
@@ -130,5 +260,5 @@ def _item(sequence: SequenceView, size: int, num_layers: int) -> WorkItem:
         phase=Phase.DECODE if sequence.is_decoding else Phase.PREFILL,
         tokens=(sequence.num_computed, end),
         layers=(0, num_layers),
-        sample=end == sequence.num_tokens,
+        sample=end == sequence.num_tokens and not sequence.is_open,
     )

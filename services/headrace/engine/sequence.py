@@ -1,12 +1,16 @@
 """A sequence inside the engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.request import FinishReason, SequenceSpec
 from headrace.engine.landing import Landing
-from headrace.engine.messages import EventSink, Goal
+from headrace.engine.messages import EventSink, Goal, Revise
+from headrace.engine.swap import SavedKv
+
+KEPT_WEIGHT = 0.5
+"""Weight of the last revision in what is known of earlier ones: streams change their habits within a few."""
 
 
 class State(Enum):
@@ -38,6 +42,17 @@ class Sequence:
         num_named: Leading blocks that carry their name in the ledger.
         has_failed: Whether Failed was sent; only its blocks are left, until Close.
         landing: What a held sequence is started early with.
+        is_streamed: Whether it was opened with an open prompt.
+        is_open: Whether its prompt may still be revised.
+        version: Of the prompt.
+        num_final: Leading tokens that no revision changes.
+        revised_s: When the prompt last grew or changed.
+        kept_share: Share of its computed tokens that survived its revisions, by experience.
+        pending: Revisions that wait until nothing is being fetched into its blocks.
+        num_unsettled: Progress events whose blocks a transfer may still read.
+        stale_writers: Holds on blocks that a revision gave up while a transfer may still read them.
+        is_extending: Whether it is held and has not been given the blocks of its last version.
+        saved: Its KV in host memory, after it lost its blocks.
     """
 
     spec: SequenceSpec
@@ -57,6 +72,17 @@ class Sequence:
     num_named: int = 0
     has_failed: bool = False
     landing: Landing | None = None
+    is_streamed: bool = False
+    is_open: bool = False
+    version: int = 0
+    num_final: int = 0
+    revised_s: float = 0.0
+    kept_share: float = 1.0
+    pending: list[Revise] = field(default_factory=list)
+    num_unsettled: int = 0
+    stale_writers: list[str] = field(default_factory=list)
+    is_extending: bool = False
+    saved: SavedKv | None = None
 
     @property
     def lease_id(self) -> str:
@@ -74,6 +100,16 @@ class Sequence:
         return self.kv_length if self.landing is None else self.landing.num_present
 
     @property
+    def num_computable(self) -> int:
+        """Tokens that may be computed: the last one of an open prompt waits for the close."""
+        return max(0, len(self.tokens) - self.is_open)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is open and all that is known of its prompt is computed."""
+        return self.is_open and self.num_present >= self.num_computable
+
+    @property
     def is_decoding(self) -> bool:
         """Whether all but the last token are in the cache and the last was generated."""
         return self.kv_length == len(self.tokens) - 1 and len(self.tokens) > len(self.spec.tokens)
@@ -82,6 +118,17 @@ class Sequence:
         """Say that the KV of the first `num_present` tokens is in the blocks."""
         self.kv_length = num_present
         self.next_position = num_present
+
+    def take_revision(self, revision: Revise) -> None:
+        """Change the prompt; blocks and KV are the cache's to adapt."""
+        if self.kv_length:
+            kept = min(revision.num_kept, self.kv_length) / self.kv_length
+            self.kept_share += KEPT_WEIGHT * (kept - self.kept_share)
+        del self.tokens[revision.num_kept :]
+        self.tokens.extend(revision.tokens)
+        self.spec = replace(self.spec, prompt=tuple(self.tokens))
+        self.version, self.is_open = revision.version, not revision.is_closed
+        self.num_final = len(self.tokens) if revision.is_closed else revision.num_final
 
     def start(self, num_present: int) -> None:
         """Take part in steps from now on."""

@@ -20,6 +20,7 @@ from headrace.engine.messages import (
     Open,
     Pin,
     Quarantine,
+    Revise,
     StartEarly,
 )
 from headrace.errors import Draining, HeadraceError, InternalError, Saturated
@@ -30,6 +31,8 @@ MAX_QUEUED_COMMANDS = 4096
 """A step of a second at thousands of requests a second; beyond it new work is refused."""
 
 MAX_WAIT_S = 3600.0
+
+_REFUSABLE = (Open, Revise, Begin, StartEarly, Keep, Pin, HoldWriter, Quarantine, ListHolders)
 
 
 class EngineThread:
@@ -75,7 +78,7 @@ class EngineThread:
             Draining: the engine has been told to stop, or has stopped on a bug.
         """
         with self._wake:
-            if isinstance(command, Open | Begin | StartEarly | Keep | Pin | HoldWriter | Quarantine | ListHolders):
+            if isinstance(command, _REFUSABLE):
                 self._require_room()
             self._commands.append(command)
             self._wake.notify()

@@ -1,4 +1,4 @@
-"""Choose who comes first in a step. Used by the baseline `fcfs`."""
+"""Choose who comes first in a step. Filled by `stream2llm`; the baseline goes by arrival."""
 
 from typing import Protocol
 

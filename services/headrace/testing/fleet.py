@@ -23,7 +23,8 @@ from headrace.decode.job import DecodeParts
 from headrace.decode.reservations import Reservations
 from headrace.decode.service import DecodeServicer
 from headrace.engine.batch import Batch
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.messages import CacheChange, EngineCommand, EngineEvent, EngineStats, Open
 from headrace.engine.scheduler import FirstComeFirstServed
 from headrace.engine.thread import EngineThread

@@ -1,5 +1,7 @@
 """A runner without a model: its logits say what was really in the blocks it was given."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -90,6 +92,17 @@ class FakeRunner:
             self.write(item.block_table, item.token_ids, item.kv_start, item.positions)
         rows = [self._logits(item) for item in batch.items if item.sample]
         return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(-1, self._vocab_size))
+
+    def read_blocks(self, blocks: Sequence[BlockId]) -> torch.Tensor:
+        """Return a copy of blocks; see `headrace.engine.batch.Runner.read_blocks`."""
+        index = np.array(blocks, dtype=np.int64)
+        words = np.concatenate([self._tokens[index], self._positions[index]], axis=1)
+        return torch.from_numpy(words.view(np.uint8))
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: torch.Tensor) -> None:
+        """Overwrite blocks; see `headrace.engine.batch.Runner.write_blocks`."""
+        index, words = np.array(blocks, dtype=np.int64), np.ascontiguousarray(data.numpy()).view(np.uint64)
+        self._tokens[index], self._positions[index] = np.split(words, 2, axis=1)
 
     def write(
         self,

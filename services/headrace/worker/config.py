@@ -52,6 +52,32 @@ class Pack(Enum):
     PAD = "pad"
 
 
+class StreamOrder(Enum):
+    """Who comes first in a step.
+
+    `default` goes by arrival alone. The others serve prompts that are complete before those that still arrive, and
+    these before streams that have stalled; within each group `fcfs` goes by arrival of the request, `lcas` by arrival
+    of its last piece, `mcps` by computed tokens, most first.
+    """
+
+    DEFAULT = "default"
+    FCFS = "fcfs"
+    LCAS = "lcas"
+    MCPS = "mcps"
+
+
+class Preempt(Enum):
+    """What becomes of the KV of a sequence that gives up its blocks.
+
+    `recompute` forgets it, `swap` copies it to host memory as long as that has room, `auto` does what costs less by
+    the measured costs of steps and copies.
+    """
+
+    AUTO = "auto"
+    RECOMPUTE = "recompute"
+    SWAP = "swap"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     """Settings of a worker.
@@ -85,6 +111,10 @@ class WorkerConfig:
             the same model and settings on this machine left a sound fit and a few steps still agree with it; 0
             neither measures nor looks. Without it there are no targets of time, and no prompt is refused because
             its deadline is too near.
+        stream_order: Who comes first in a step, where prompts arrive in pieces.
+        stall_s: Seconds after which a context of which nothing is heard has stalled: others may take its blocks.
+        preempt: What becomes of the KV of a sequence that gives up its blocks.
+        swap_memory_bytes: Most host memory for that KV; taken when it is needed.
         pack: How prompt chunks of a step lie in memory: on one axis ("varlen"), in shared rows ("bins"), or each
             padded to the longest ("pad").
         kvstores: host:port of every kvstore; none runs without. All processes write them alike, for blocks are
@@ -128,6 +158,10 @@ class WorkerConfig:
     tbt_target_ms: Annotated[float, Between(1.0, 60_000.0)] | None = None
     dynamic_chunks: bool = False
     calibrate_s: Annotated[float, Between(0.0, 60.0)] = 3.0
+    stream_order: StreamOrder = StreamOrder.FCFS
+    stall_s: Annotated[float, Between(0.0, 3600.0)] = 1.0
+    preempt: Preempt = Preempt.AUTO
+    swap_memory_bytes: Annotated[int, Between(0)] = 1 << 28
     pack: Pack = Pack.VARLEN
     kvstores: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()

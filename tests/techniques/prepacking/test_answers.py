@@ -4,7 +4,8 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
-from headrace.engine.engine import Engine, EngineConfig
+from headrace.engine.config import EngineConfig
+from headrace.engine.engine import Engine
 from headrace.engine.messages import Admitted, Begin, Close, Failed, Goal, Open, Sampled
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.techniques.sarathi.shape import ChunkedShape

@@ -1,0 +1,29 @@
+"""Stream2LLM: prefill while the context still arrives."""
+
+from headrace.seams.order import OrderPolicy
+from headrace.seams.preempt import PreemptContext, PreemptPolicy
+from headrace.seams.technique import Technique
+
+
+def _order(name: str) -> OrderPolicy:
+    from headrace.techniques.stream2llm.order import make_order
+
+    return make_order(name)
+
+
+def _preempt(context: PreemptContext) -> PreemptPolicy:
+    from headrace.techniques.stream2llm.preempt import PreemptByCost, SwapAlways
+
+    return SwapAlways() if context.always_saves else PreemptByCost(context)
+
+
+TECHNIQUE = Technique(
+    name="stream2llm",
+    title="Stream2LLM: Overlap Context Streaming and Prefill for Reduced Time-to-First-Token",
+    paper="arXiv:2604.16395, MLSys 2026",
+    url="https://arxiv.org/abs/2604.16395",
+    is_lossless=True,
+    measured="not measured yet: workers take open prompts, and no service sends any",
+    order=_order,
+    preempt=_preempt,
+)

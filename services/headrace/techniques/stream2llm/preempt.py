@@ -1,0 +1,39 @@
+"""Recompute or copy to host memory: whichever is expected to cost less."""
+
+from headrace.core.block import blocks_for
+from headrace.core.plan import SchedulerView, SequenceView
+from headrace.seams.preempt import PreemptContext
+
+
+class PreemptByCost:
+    """Compares the seconds of both ways for the victim's own tokens.
+
+    Of an open prompt only the part that its next revision keeps is needed again. How much that is, its earlier
+    revisions say: a stream that replaces most of its context each time is not worth a copy.
+
+    Args:
+        context: Without a cost model everything is computed again.
+    """
+
+    def __init__(self, context: PreemptContext) -> None:
+        self._cost = context.cost
+
+    def saves(self, victim: SequenceView, view: SchedulerView) -> bool:
+        """Return whether copying out and back takes less time than computing again."""
+        if self._cost is None:
+            return False
+        num_needed = victim.num_computed
+        if victim.is_open:
+            num_needed = round(num_needed * victim.kept_share)
+        recompute_s = self._cost.prefill(num_needed, chunk_tokens=view.token_budget)
+        num_blocks = blocks_for(victim.num_computed, view.block_tokens)
+        swap_s = num_blocks * view.swap.save_s + blocks_for(num_needed, view.block_tokens) * view.swap.load_s
+        return swap_s < recompute_s
+
+
+class SwapAlways:
+    """Copies everything that fits: a baseline of the benchmark."""
+
+    def saves(self, victim: SequenceView, view: SchedulerView) -> bool:
+        """Return True."""
+        return True
