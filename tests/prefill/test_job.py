@@ -208,7 +208,7 @@ async def test_a_commit_that_is_not_answered_in_time_is_the_peer_s_failure(tmp_p
         return await commit(self, request, context)
 
     monkeypatch.setattr(DecodeServicer, "CommitPrefill", answer_late)
-    monkeypatch.setattr("headrace.prefill.job.CONTROL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("headrace.prefill.delivery.CONTROL_TIMEOUT_S", 0.1)
     async with open_fleet(tmp_path, ROLES) as fleet:
         bench, spec = Bench(fleet), fleet.spec(PROMPT)
         call, target = await bench.reserve(spec)
@@ -244,7 +244,7 @@ async def test_a_report_that_gets_lost_is_repeated(tmp_path, monkeypatch):
         return await commit(self, request, context)
 
     monkeypatch.setattr(DecodeServicer, "CommitPrefill", lose_two)
-    monkeypatch.setattr("headrace.prefill.job.REPORT_PAUSES_S", (0.0, 0.01, 0.01))
+    monkeypatch.setattr("headrace.prefill.delivery.REPORT_PAUSES_S", (0.0, 0.01, 0.01))
     async with open_fleet(tmp_path, ROLES) as fleet:
         bench, spec = Bench(fleet), fleet.spec(PROMPT)
         call, target = await bench.reserve(spec)

@@ -38,7 +38,7 @@ from headrace.engine.packing import PAD_TOKENS
 from headrace.engine.runner import ModelRunner
 from headrace.engine.thread import EngineThread
 from headrace.errors import ConfigError
-from headrace.prefill.job import PrefillParts
+from headrace.prefill.parts import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer

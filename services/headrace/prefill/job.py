@@ -2,67 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
-from headrace.clock import Clock
 from headrace.core.block import BlockId
 from headrace.core.request import SequenceSpec, Token
 from headrace.core.wire import token_to_proto
 from headrace.engine.messages import Goal, Progress, Sampled
-from headrace.errors import (
-    BlockLost,
-    DeadlineExceeded,
-    HeadraceError,
-    InternalError,
-    InvalidRequest,
-    PeerFailed,
-)
+from headrace.errors import HeadraceError, InternalError, InvalidRequest
+from headrace.prefill.delivery import Delivery
+from headrace.prefill.parts import PrefillParts
 from headrace.prefill.policy import PushRange, next_push
-from headrace.runtime.channels import Channels, translate_errors
-from headrace.transfer.connector import Connector
-from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2
-from headrace.worker.blocks import BlockExchange
-from headrace.worker.engine import AsyncEngine, OpenSequence
-from headrace.worker.lifetimes import Lifetimes
-from headrace.worker.peers import Peers
+from headrace.v1 import decode_pb2, prefill_pb2
+from headrace.worker.engine import OpenSequence
 
 logger = logging.getLogger(__name__)
-
-CONTROL_TIMEOUT_S = 5.0
-REPORT_PAUSES_S = (0.0, 0.5, 2.0)
-"""Before each try to report a failure; while none arrives, the decode worker keeps the blocks out of use."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillParts:
-    """What every prefill job of a worker shares.
-
-    Attributes:
-        lifetimes: Tells whether a decode worker is gone.
-        tasks: Outlives every request.
-        address: host:port of this worker's own gRPC server.
-        epoch: Lifetime of this process.
-        transfer_deadline_s: Longest time for one push.
-        push_whole: Push once after the whole prompt; the baseline of a benchmark.
-        block_bytes: Size of a block.
-    """
-
-    engine: AsyncEngine
-    connector: Connector
-    peers: Peers
-    channels: Channels
-    blocks: BlockExchange
-    clock: Clock
-    lifetimes: Lifetimes
-    tasks: asyncio.TaskGroup
-    address: str
-    epoch: str
-    block_tokens: int
-    block_bytes: int
-    transfer_deadline_s: float
-    push_whole: bool
 
 
 class PrefillJob:
@@ -83,15 +35,12 @@ class PrefillJob:
     ) -> None:
         self._parts = parts
         self._spec = spec
-        self._target = target
-        self._writer_id = writer_id
-        self._agent = ""
+        self._delivery = Delivery(parts, target, writer_id, spec.deadline_unix_ms)
         self._local: tuple[BlockId, ...] = ()
         self._first: Token | None = None
         self._chunks: asyncio.Queue[PushRange | None] = asyncio.Queue()
         self._pusher: asyncio.Task[HeadraceError | None] | None = None
         self._has_failed = False
-        self._pushed_blocks = 0
         self._declined_tokens = 0
         self._arrived_s = parts.clock.now()
         self._begun_s = self._arrived_s
@@ -104,9 +53,7 @@ class PrefillJob:
             HeadraceError: the prompt could not be computed or its KV not delivered.
         """
         try:
-            peer = await self._parts.peers.ensure(self._target.address, self._target.lease.epoch)
-            self._agent = peer.pool.agent_name
-            self._parts.lifetimes.note(self._target.address, peer.epoch)
+            await self._delivery.connect()
             async with self._parts.engine.open(self._spec, Goal.FIRST_TOKEN) as sequence:
                 self._local = sequence.admitted.block_ids
                 self._check_lease()
@@ -117,7 +64,7 @@ class PrefillJob:
         return self.response
 
     def _check_lease(self) -> None:
-        num_blocks = len(self._target.lease.block_ids)
+        num_blocks = len(self._delivery.target.lease.block_ids)
         if num_blocks != len(self._local):
             raise InvalidRequest(
                 f"the lease has {num_blocks} blocks, the sequence {len(self._local)}", field="target.lease.block_ids"
@@ -149,7 +96,7 @@ class PrefillJob:
         sequence.begin(present)
         self._declined_tokens = sequence.declined_tokens
         self._fill_response(admitted.num_cached_tokens, present)
-        done = self._target.cached_tokens // block_tokens
+        done = self._delivery.target.cached_tokens // block_tokens
         done = self._offer(next_push(done, present, block_tokens, is_last=False), done)
         while self._first is None:
             for event in await sequence.events():
@@ -174,8 +121,8 @@ class PrefillJob:
         """Write queued ranges until told to stop; a failure fails the sequence and is returned."""
         error: HeadraceError
         try:
-            with self._peer_to_blame():
-                await self._begin_write()
+            with self._delivery.peer_to_blame():
+                await self._delivery.begin()
                 await self._push_queued(sequence)
         except HeadraceError as failure:
             error = failure
@@ -191,35 +138,7 @@ class PrefillJob:
         while (push := await self._chunks.get()) is not None:
             if self._has_failed:
                 return
-            await self._push(push, sequence.admitted.block_ids)
-
-    async def _begin_write(self) -> None:
-        lease = self._target.lease
-        begin = decode_pb2.BeginWriteRequest(
-            lease_id=lease.lease_id,
-            epoch=lease.epoch,
-            writer_id=self._writer_id,
-            writer_address=self._parts.address,
-            writer_epoch=self._parts.epoch,
-        )
-        async with translate_errors(self._target.address):
-            answer = await self._decode_stub().BeginWrite(begin, timeout=CONTROL_TIMEOUT_S)
-        if not answer.is_accepted:
-            raise BlockLost("the decode worker no longer holds the reservation: open a new one")
-
-    async def _push(self, push: PushRange, local: tuple[BlockId, ...]) -> None:
-        blocks = local[push.start : push.end]
-        remote = self._target.lease.block_ids[push.start : push.end]
-        deadline_s = self._deadline_s()
-        if deadline_s <= self._parts.clock.now():
-            # The decode worker counts on it when it takes blocks back from a writer that it hears nothing of.
-            raise DeadlineExceeded("the lease has ended: nothing may be written into its blocks any more")
-        try:
-            await self._parts.connector.write(self._agent, blocks, remote, deadline_s)
-        except PeerFailed:
-            await self._parts.peers.forget(self._target.address, self._target.lease.epoch)
-            raise
-        self._pushed_blocks += len(blocks)
+            await self._delivery.write(sequence.admitted.block_ids[push.start : push.end], push.start)
 
     async def _commit(self) -> None:
         """Hand over the first token; the KV before it has landed."""
@@ -227,75 +146,26 @@ class PrefillJob:
             return
         parts, now_s = self._parts, self._parts.clock.now()
         self.response.compute_us = int((now_s - self._begun_s) * 1e6)
-        self.response.pushed_bytes = self._pushed_blocks * parts.block_bytes
+        self.response.pushed_bytes = self._delivery.num_pushed_blocks * parts.block_bytes
         cached = self.response.local_cached_tokens + self.response.fetched_tokens
         first = decode_pb2.FirstToken(
             event=token_to_proto(self._first), cached_tokens=cached, declined_tokens=self._declined_tokens
         )
-        with self._peer_to_blame():
-            await self._send_commit(decode_pb2.CommitPrefillRequest(first_token=first))
-
-    @contextmanager
-    def _peer_to_blame(self) -> Iterator[None]:
-        """Turn an end of our patience into the peer's failure: while the request has time, another can serve it."""
-        try:
-            yield
-        except DeadlineExceeded as error:
-            if self._remaining_s() <= 0:
-                raise
-            address = self._target.address
-            raise PeerFailed(f"the decode worker at {address} did not answer in time", worker=address) from error
+        await self._delivery.commit(first)
 
     def _report_when_settled(self, reason: str) -> None:
         """Report once this job writes no more: a write that ran out of time may still land."""
 
         def report_when_landed(_: object = None) -> None:
-            self._parts.connector.when_settled(self._local, lambda: self._report_later(reason))
+            self._delivery.fail_when_settled(self._local, reason)
 
         if self._pusher is None or self._pusher.done():
             report_when_landed()
         else:
             self._pusher.add_done_callback(report_when_landed)
 
-    def _report_later(self, reason: str) -> None:
-        self._parts.tasks.create_task(self._report_failure(reason))
-
-    async def _report_failure(self, reason: str) -> None:
-        parts, target = self._parts, self._target
-        for pause_s in REPORT_PAUSES_S:
-            await asyncio.sleep(pause_s)
-            try:
-                await self._send_commit(decode_pb2.CommitPrefillRequest(failure=reason))
-            except HeadraceError as error:
-                logger.info("decode worker not told of a failed prefill", extra={"error": error.code})
-            else:
-                return
-            if parts.channels.is_closed or await parts.lifetimes.is_over(target.address, target.lease.epoch):
-                return
-
-    async def _send_commit(self, commit: decode_pb2.CommitPrefillRequest) -> None:
-        commit.lease_id = self._target.lease.lease_id
-        commit.epoch = self._target.lease.epoch
-        commit.writer_id = self._writer_id
-        async with translate_errors(self._target.address):
-            await self._decode_stub().CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
-
-    def _decode_stub(self) -> "decode_pb2_grpc.DecodeServiceAsyncStub":
-        return decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(self._target.address))
-
     def _fill_response(self, local_tokens: int, present: int) -> None:
         self.response.local_cached_tokens = local_tokens
         self.response.fetched_tokens = present - local_tokens
         self.response.computed_tokens = len(self._spec.tokens) - present
         self.response.queue_us = int((self._begun_s - self._arrived_s) * 1e6)
-
-    def _deadline_s(self) -> float:
-        """Return when a push that begins now is given up: nothing of it is posted later."""
-        lease_s = self._left_s(self._target.lease.deadline_unix_ms)
-        return self._parts.clock.now() + min(self._remaining_s(), lease_s, self._parts.transfer_deadline_s)
-
-    def _remaining_s(self) -> float:
-        return self._left_s(self._spec.deadline_unix_ms)
-
-    def _left_s(self, deadline_unix_ms: int) -> float:
-        return (deadline_unix_ms - self._parts.clock.unix_ms()) / 1000

@@ -3,7 +3,8 @@
 import grpc.aio
 
 from headrace.core.wire import spec_from_proto
-from headrace.prefill.job import PrefillJob, PrefillParts
+from headrace.prefill.job import PrefillJob
+from headrace.prefill.parts import PrefillParts
 from headrace.v1 import prefill_pb2, prefill_pb2_grpc
 
 

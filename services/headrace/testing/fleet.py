@@ -31,7 +31,7 @@ from headrace.engine.thread import EngineThread
 from headrace.index.prefix_index import PrefixIndex
 from headrace.kvstore.config import KvStoreConfig
 from headrace.kvstore.parts import KvStoreParts
-from headrace.prefill.job import PrefillParts
+from headrace.prefill.parts import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
