@@ -4,7 +4,7 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.block import BlockId
-from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
+from headrace.core.request import Revision, SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.batch import Batch, batch_item
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
@@ -122,11 +122,13 @@ class Client:
         self.engine.apply(
             Revise(
                 sequence_id=sequence_id,
-                version=self.versions[sequence_id],
-                num_kept=keep,
-                tokens=tuple(tokens),
-                num_final=len(self.prompts[sequence_id]) if is_final else 0,
-                is_closed=closed,
+                revision=Revision(
+                    version=self.versions[sequence_id],
+                    num_kept=keep,
+                    tokens=tuple(tokens),
+                    num_final=len(self.prompts[sequence_id]) if is_final else 0,
+                    is_closed=closed,
+                ),
             )
         )
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from headrace.core.cost import CostModel
-from headrace.core.request import Token
+from headrace.core.request import Revision, Token
 from headrace.engine.messages import Goal, Progress, Revise
 from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed
 from headrace.errors import BlockLost, InternalError, InvalidRequest, Saturated
@@ -172,7 +172,7 @@ def test_a_revision_that_makes_no_sense_fails_its_sequence_alone(make_client, re
     answer = client.open(prompt_of(1, 10), is_open=True)
     client.steps(2)
     fields = {"version": 1, "num_kept": 10, "tokens": (), **revision}
-    client.engine.apply(Revise(sequence_id=answer, **fields))
+    client.engine.apply(Revise(sequence_id=answer, revision=Revision(**fields)))
     client.steps()
     assert isinstance(client.error(answer), error)
     assert client.tokens(other) == reference(prompt_of(3, 9))

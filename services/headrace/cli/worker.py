@@ -67,7 +67,9 @@ DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
 NEW_WORK = (
     "/headrace.v1.DecodeService/Decode",
+    "/headrace.v1.DecodeService/DecodeContext",
     "/headrace.v1.PrefillService/Prefill",
+    "/headrace.v1.PrefillService/PrefillContext",
     "/headrace.v1.PoolService/AcquireGet",
 )
 
@@ -344,7 +346,12 @@ def _address(config: WorkerConfig) -> str:
 def _server(config: WorkerConfig, parts: Parts, member: WorkerMember) -> GrpcServer:
     server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
     decode = DecodeServicer(
-        DecodeParts(engine=parts.member.engine, blocks=parts.blocks, reservations=parts.reservations),
+        DecodeParts(
+            engine=parts.member.engine,
+            blocks=parts.blocks,
+            reservations=parts.reservations,
+            tasks=parts.prefill.tasks,
+        ),
         _address(config),
         parts.member.epoch,
     )

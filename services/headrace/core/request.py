@@ -113,6 +113,25 @@ class SequenceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """The next version of a prompt that still arrives: some of its leading tokens, followed by others.
+
+    Attributes:
+        version: One more than the last; the opening is version 0.
+        num_kept: Leading tokens that stay.
+        tokens: Those that follow them.
+        num_final: Leading tokens that no later version changes.
+        is_closed: Whether this is the last version: what follows is its answer.
+    """
+
+    version: int
+    num_kept: int
+    tokens: tuple[int, ...] = ()
+    num_final: int = 0
+    is_closed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
     """One generated token.
 

@@ -14,6 +14,7 @@ from headrace.core.request import (
     CachedPrefix,
     FinishReason,
     Piece,
+    Revision,
     SamplingParams,
     SequenceId,
     SequenceSpec,
@@ -90,6 +91,28 @@ def spec_to_proto(spec: SequenceSpec) -> generate_pb2.SequenceSpec:
         cache_key=spec.cache_key,
         sources=map(_source_to_proto, spec.sources),
         tenant=spec.tenant,
+    )
+
+
+def revision_to_proto(revision: Revision) -> generate_pb2.ContextRevision:
+    """Write a revision."""
+    return generate_pb2.ContextRevision(
+        version=revision.version,
+        kept_tokens=revision.num_kept,
+        token_ids=revision.tokens,
+        final_tokens=revision.num_final,
+        is_closed=revision.is_closed,
+    )
+
+
+def revision_from_proto(message: generate_pb2.ContextRevision) -> Revision:
+    """Read a revision."""
+    return Revision(
+        version=message.version,
+        num_kept=message.kept_tokens,
+        tokens=tuple(message.token_ids),
+        num_final=message.final_tokens,
+        is_closed=message.is_closed,
     )
 
 

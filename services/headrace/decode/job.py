@@ -1,23 +1,29 @@
 """One sequence on a decode worker: blocks first, then KV, then tokens."""
 
-from collections.abc import AsyncGenerator, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from headrace.core.request import SequenceSpec, Token
 from headrace.decode.reservations import Reservation, Reservations
-from headrace.engine.messages import Goal, Sampled
+from headrace.engine.messages import EngineEvent, Goal, Sampled
 from headrace.worker.blocks import BlockExchange
 from headrace.worker.engine import AsyncEngine, OpenSequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeParts:
-    """What every decode job of a worker shares."""
+    """What every decode job of a worker shares.
+
+    Attributes:
+        tasks: Outlives every request.
+    """
 
     engine: AsyncEngine
     blocks: BlockExchange
     reservations: Reservations
+    tasks: asyncio.TaskGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,7 @@ class DecodeJob:
         async with self._parts.engine.open(self._spec, Goal.ANSWER) as sequence:
             present = await self._parts.blocks.fetch(sequence)
             sequence.begin(present)
-            async with aclosing(self._generate(sequence, present)) as generated:
+            async with aclosing(self.generate(sequence, present)) as generated:
                 async for tokens in generated:
                     yield tokens
 
@@ -76,7 +82,7 @@ class DecodeJob:
             sequence.begin(len(self._spec.tokens), first)
             sequence.declined_tokens = reservation.reused.declined_tokens
             cached = max(local, reservation.reused.cached_tokens)
-            async with aclosing(self._generate(sequence, cached)) as generated:
+            async with aclosing(self.generate(sequence, cached)) as generated:
                 async for tokens in generated:
                     yield tokens
 
@@ -88,10 +94,20 @@ class DecodeJob:
         finally:
             self._parts.reservations.revoke(reservation)
 
-    async def _generate(self, sequence: OpenSequence, cached_tokens: int) -> AsyncGenerator[Tokens, None]:
+    async def generate(
+        self, sequence: OpenSequence, cached_tokens: int, heard: Iterable[EngineEvent] = ()
+    ) -> AsyncGenerator[Tokens, None]:
+        """Yield the tokens of the answer to a prompt that is complete.
+
+        Args:
+            sequence: In the engine; its prompt is the job's.
+            cached_tokens: Tokens of the prompt that were reused.
+            heard: Events that were taken from the sequence before.
+        """
         answer: list[int] = []
+        events = list(heard)
         while True:
-            events = await sequence.events()
+            events = events or await sequence.events()
             tokens = tuple(event.token for event in events if isinstance(event, Sampled))
             answer.extend(token.token_id for token in tokens)
             if tokens:
@@ -101,3 +117,4 @@ class DecodeJob:
                     hashes = self._parts.blocks.hashes(known, self._spec.cache_key)
                     self._parts.blocks.store_later(self._spec, hashes)
                     return
+            events = []

@@ -42,6 +42,7 @@ class Reservation:
         lease_id: Unguessable; holding it is the capability to write and to commit.
         block_ids: The blocks.
         deadline_unix_ms: When the promise ends by itself.
+        version: Of a prompt that still arrives: the one whose tokens all have blocks.
         first: The first token, once the KV has landed.
         reused: What the prefill worker found, once the KV has landed.
         writer: The attempt that has begun and not reported its end.
@@ -51,6 +52,7 @@ class Reservation:
     lease_id: str
     block_ids: tuple[BlockId, ...]
     deadline_unix_ms: int
+    version: int = 0
     first: Token | None = None
     reused: Reused = Reused()
     writer: str | None = None
@@ -68,11 +70,12 @@ class Origin:
 
 @dataclass(slots=True, kw_only=True)
 class _Writer:
-    """Whose blocks an attempt writes into, where it comes from, and when its time is over."""
+    """Whose blocks an attempt writes into, where it comes from, when its time is over, how often it was held."""
 
     lease_id: str
     origin: Origin
     end_unix_ms: int
+    num_holds: int = 1
 
 
 class Reservations:
@@ -106,13 +109,25 @@ class Reservations:
         """Return how many writers have begun and not ended."""
         return len(self._writers)
 
-    def grant(self, block_ids: tuple[BlockId, ...], deadline_unix_ms: int) -> Reservation:
+    def grant(self, block_ids: tuple[BlockId, ...], deadline_unix_ms: int, version: int = 0) -> Reservation:
         """Promise blocks to prefill workers."""
         reservation = Reservation(
-            lease_id=secrets.token_hex(16), block_ids=block_ids, deadline_unix_ms=deadline_unix_ms
+            lease_id=secrets.token_hex(16), block_ids=block_ids, deadline_unix_ms=deadline_unix_ms, version=version
         )
         self._live[reservation.lease_id] = reservation
         return reservation
+
+    def extend(self, reservation: Reservation, block_ids: tuple[BlockId, ...], version: int) -> None:
+        """Promise more blocks; the first ones are those that were promised before.
+
+        Raises:
+            Saturated: the engine's mailbox is full; nothing is promised.
+        """
+        added, writer = block_ids[len(reservation.block_ids) :], self._writers.get(reservation.writer or "")
+        if writer is not None and added:
+            self._engine.hold_writer(_hold_id(reservation.writer, writer.num_holds), added)
+            writer.num_holds += 1
+        reservation.block_ids, reservation.version = block_ids, version
 
     def revoke(self, reservation: Reservation) -> None:
         """The sequence left; writers that have begun are still counted until they have provably ended."""
@@ -139,7 +154,7 @@ class Reservations:
             return False
         if reservation.writer is not None or writer_id in self._writers:
             return reservation.writer == writer_id
-        self._engine.hold_writer(writer_id, reservation.block_ids)
+        self._engine.hold_writer(_hold_id(writer_id, 0), reservation.block_ids)
         end_unix_ms = reservation.deadline_unix_ms + int(WRITER_GRACE_S * 1000)
         self._writers[writer_id] = _Writer(lease_id=lease_id, origin=origin, end_unix_ms=end_unix_ms)
         reservation.writer = writer_id
@@ -169,7 +184,8 @@ class Reservations:
         """
         writer = self._writers.pop(writer_id, None)
         if writer is not None:
-            self._engine.release_writer(writer_id)
+            for number in range(writer.num_holds):
+                self._engine.release_writer(_hold_id(writer_id, number))
         reservation = self._live.get(writer.lease_id if writer is not None else lease_id)
         if reservation is not None:
             reservation.ended_writers.add(writer_id)
@@ -234,3 +250,8 @@ class Reservations:
         if reservation.first is None:
             raise AssertionError("landed without a first token")
         return reservation.first
+
+
+def _hold_id(writer_id: str | None, number: int) -> str:
+    """Return the ledger's name of a writer's hold on the blocks of a reservation, or on some that came later."""
+    return f"{writer_id}+{number}" if number else f"{writer_id}"

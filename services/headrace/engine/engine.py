@@ -253,7 +253,7 @@ class Engine:
         sequence = self._sequences.get(command.sequence_id)
         if sequence is None or sequence.has_failed:
             return
-        sequence.pending.append(command)
+        sequence.pending.append(command.revision)
         sequence.revised_s = self._clock.now()
 
     def _take_revisions(self) -> None:
@@ -262,6 +262,8 @@ class Engine:
             refusal = self._revisions.take(sequence)
             if refusal is not None:
                 self._fail(sequence, refusal)
+            else:
+                self._report_idle(sequence)
 
     def _settle(self, command: Settle) -> None:
         sequence = self._sequences.get(command.sequence_id)
@@ -279,6 +281,7 @@ class Engine:
         if sequence.is_open:
             sequence.start(min(max(present, sequence.kv_length), sequence.num_computable))
             self._cache.name_full_blocks(sequence)
+            self._report_idle(sequence)
             return
         if not 0 <= present <= num_known or (present == num_known and command.first is None):
             error = InternalError(f"begin says {present} of {num_known} tokens are present: nothing is left to sample")
@@ -395,6 +398,7 @@ class Engine:
         if sequence.has_begun:
             sequence.state = State.RUNNING
             self._restore(sequence)
+            self._report_idle(sequence)
             return
         sequence.state = State.HELD
         sequence.sink(
@@ -469,6 +473,11 @@ class Engine:
             self._cache.name_full_blocks(sequence)
             if was_prompt:
                 self._report(sequence)
+
+    def _report_idle(self, sequence: Sequence) -> None:
+        """Tell how far an open prompt is that no step will tell of: all that is known of it is present."""
+        if sequence.state is State.RUNNING and sequence.is_idle and sequence.kv_length:
+            self._report(sequence)
 
     def _report(self, sequence: Sequence) -> None:
         """Tell how far a prompt is, and where, if its blocks were not all known at its admission."""

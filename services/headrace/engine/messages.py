@@ -8,7 +8,7 @@ from typing import TypeAlias
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.chained_block import ChainedBlock
 from headrace.core.holder import Holder
-from headrace.core.request import SequenceId, SequenceSpec, Token
+from headrace.core.request import Revision, SequenceId, SequenceSpec, Token
 from headrace.engine.landing import Landing
 from headrace.errors import HeadraceError
 
@@ -43,7 +43,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A chunk was computed: KV of tokens [0, num_computed) is in the pool.
+    """KV of tokens [0, num_computed) is present: a chunk was computed, or no more is known of an open prompt.
 
     Not sent while a sequence decodes.
 
@@ -116,25 +116,14 @@ class Open:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revise:
-    """Give an open prompt its next version: some of its leading tokens, followed by others.
+    """Give an open prompt its next version.
 
     The last token of an open prompt is known but not computed, so that a close which adds nothing has one to sample
     from. What KV is present of the kept tokens stays; a shared block in which they end is let go.
-
-    Attributes:
-        version: One more than the last; the opening is version 0.
-        num_kept: Leading tokens that stay.
-        tokens: Those that follow them.
-        num_final: Leading tokens that no later version changes.
-        is_closed: Whether this is the last version: what follows is its answer.
     """
 
     sequence_id: SequenceId
-    version: int
-    num_kept: int
-    tokens: tuple[int, ...]
-    num_final: int = 0
-    is_closed: bool = False
+    revision: Revision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

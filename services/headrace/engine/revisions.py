@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence as Tokens
 
+from headrace.core.request import Revision
 from headrace.engine.cache import BlockCache
-from headrace.engine.messages import Revise
 from headrace.engine.sequence import Sequence, State
 from headrace.engine.swap import HostSwap
 from headrace.errors import BlockLost, HeadraceError, InternalError, InvalidRequest
@@ -66,7 +66,7 @@ class Revisions:
             self._swap.drop(sequence.saved)
             sequence.saved = None
 
-    def _take(self, sequence: Sequence, revision: Revise) -> HeadraceError | None:
+    def _take(self, sequence: Sequence, revision: Revision) -> HeadraceError | None:
         num_kept, num_tokens = revision.num_kept, revision.num_kept + len(revision.tokens)
         if not sequence.is_open or revision.version != sequence.version + 1 or num_kept > len(sequence.tokens):
             return InternalError(

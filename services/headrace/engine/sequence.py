@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from headrace.core.block import BlockHash, BlockId
-from headrace.core.request import FinishReason, SequenceSpec
+from headrace.core.request import FinishReason, Revision, SequenceSpec
 from headrace.engine.landing import Landing
-from headrace.engine.messages import EventSink, Goal, Revise
+from headrace.engine.messages import EventSink, Goal
 from headrace.engine.swap import SavedKv
 
 KEPT_WEIGHT = 0.5
@@ -78,7 +78,7 @@ class Sequence:
     num_final: int = 0
     revised_s: float = 0.0
     kept_share: float = 1.0
-    pending: list[Revise] = field(default_factory=list)
+    pending: list[Revision] = field(default_factory=list)
     num_unsettled: int = 0
     stale_writers: list[str] = field(default_factory=list)
     is_extending: bool = False
@@ -119,7 +119,7 @@ class Sequence:
         self.kv_length = num_present
         self.next_position = num_present
 
-    def take_revision(self, revision: Revise) -> None:
+    def take_revision(self, revision: Revision) -> None:
         """Change the prompt; blocks and KV are the cache's to adapt."""
         if self.kv_length:
             kept = min(revision.num_kept, self.kv_length) / self.kv_length

@@ -29,6 +29,7 @@ class Delivery:
 
     Attributes:
         target: The reservation; its blocks may become more.
+        writer_id: Name of this attempt.
         num_pushed_blocks: Blocks written so far.
     """
 
@@ -36,9 +37,9 @@ class Delivery:
         self, parts: PrefillParts, target: prefill_pb2.PrefillTarget, writer_id: str, deadline_unix_ms: int
     ) -> None:
         self.target = target
+        self.writer_id = writer_id
         self.num_pushed_blocks = 0
         self._parts = parts
-        self._writer_id = writer_id
         self._deadline_unix_ms = deadline_unix_ms
         self._agent = ""
 
@@ -58,7 +59,7 @@ class Delivery:
         begin = decode_pb2.BeginWriteRequest(
             lease_id=lease.lease_id,
             epoch=lease.epoch,
-            writer_id=self._writer_id,
+            writer_id=self.writer_id,
             writer_address=self._parts.address,
             writer_epoch=self._parts.epoch,
         )
@@ -120,7 +121,7 @@ class Delivery:
     async def _send(self, commit: decode_pb2.CommitPrefillRequest) -> None:
         commit.lease_id = self.target.lease.lease_id
         commit.epoch = self.target.lease.epoch
-        commit.writer_id = self._writer_id
+        commit.writer_id = self.writer_id
         async with translate_errors(self.target.address):
             await self._stub().CommitPrefill(commit, timeout=CONTROL_TIMEOUT_S)
 

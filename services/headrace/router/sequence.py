@@ -39,6 +39,7 @@ CONTROL_TIMEOUT_S = 2.0
 MOVE_PAUSE_S = 0.2
 """Three of these are longer than a worker is silent: one that is suspected for nothing has reported again by then."""
 MOVABLE = (PeerFailed, NotReady, BlockLost)
+"""Another worker may serve what failed with these."""
 FULL = (Saturated, Overloaded)
 """A worker has no room: its own word for it, and that of its gRPC server."""
 
@@ -206,7 +207,7 @@ class SequenceRun:
                     if response.HasField("reservation"):
                         prefill = self._start_prefill(route, spec, response.reservation, call.cancel)
                     else:
-                        yield _batch(response.tokens)
+                        yield token_batch(response.tokens)
         except HeadraceError as error:
             raise self._decode_failure(worker, error) from None
         finally:
@@ -336,7 +337,8 @@ def _saturated(error: HeadraceError) -> Saturated:
     return Saturated(error.message, limit=error.limit, retry_after_s=error.retry_after_s or 1.0, worker=error.worker)
 
 
-def _batch(message: decode_pb2.TokenEvents) -> TokenBatch:
+def token_batch(message: decode_pb2.TokenEvents) -> TokenBatch:
+    """Read tokens."""
     return TokenBatch(
         tokens=tuple(token_from_proto(event) for event in message.events),
         cached_tokens=message.cached_tokens,

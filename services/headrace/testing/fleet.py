@@ -5,6 +5,7 @@ Only what would need a GPU, NIXL or a second process is fake; gRPC runs over loo
 
 import asyncio
 import contextlib
+import dataclasses
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,7 +27,6 @@ from headrace.engine.batch import Batch
 from headrace.engine.config import EngineConfig
 from headrace.engine.engine import Engine
 from headrace.engine.messages import CacheChange, EngineCommand, EngineEvent, EngineStats, Open
-from headrace.engine.scheduler import FirstComeFirstServed
 from headrace.engine.thread import EngineThread
 from headrace.index.prefix_index import PrefixIndex
 from headrace.kvstore.config import KvStoreConfig
@@ -35,6 +35,7 @@ from headrace.prefill.parts import PrefillParts
 from headrace.prefill.service import PrefillServicer
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
+from headrace.router.context import ContextRun
 from headrace.router.drift import HitDrift
 from headrace.router.prefixes import Prefixes
 from headrace.router.sequence import SequenceParts, SequenceRun
@@ -44,6 +45,7 @@ from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import RouterMetrics
 from headrace.techniques.sarathi.shape import ChunkedShape
+from headrace.techniques.stream2llm.order import make_order
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.kvstore import fake_kvstore, serve_kvstore
 from headrace.testing.lane import FaultyLane
@@ -69,7 +71,9 @@ VOCAB_SIZE = 259
 PATIENCE_S = 10.0
 NEW_WORK = (
     "/headrace.v1.DecodeService/Decode",
+    "/headrace.v1.DecodeService/DecodeContext",
     "/headrace.v1.PrefillService/Prefill",
+    "/headrace.v1.PrefillService/PrefillContext",
     "/headrace.v1.PoolService/AcquireGet",
 )
 Tick = Callable[[str], None]
@@ -124,7 +128,7 @@ class TappedPort:
                 sink(event)
                 self._tick(f"{self._name} {type(event).__name__}")
 
-            command = Open(spec=command.spec, goal=command.goal, sink=tapped)
+            command = dataclasses.replace(command, sink=tapped)
         self._thread.send(command)
 
 
@@ -164,7 +168,7 @@ class FleetWorker:
             Engine(
                 self.runner,
                 bounds,
-                order=FirstComeFirstServed(),
+                order=make_order("fcfs"),
                 shape=ChunkedShape(),
                 clock=clock,
                 on_cache_change=self._note_change,
@@ -234,7 +238,7 @@ class FleetWorker:
 
     async def start(self) -> None:
         """Serve behind the lane."""
-        decode = DecodeParts(engine=self.engine, blocks=self.blocks, reservations=self.reservations)
+        decode = DecodeParts(engine=self.engine, blocks=self.blocks, reservations=self.reservations, tasks=self._tasks)
         servicer = DecodeServicer(decode, self.lane.address, self.epoch)
         self.server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(self.member))
         self.server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer)
@@ -433,6 +437,10 @@ class Fleet:
         """Return the run of a sequence through the cluster."""
         return SequenceRun(self.parts, spec, FINGERPRINT, BLOCK_TOKENS)
 
+    def context(self, spec: SequenceSpec) -> ContextRun:
+        """Return the run of a context through the cluster."""
+        return ContextRun(self.parts, spec, FINGERPRINT, BLOCK_TOKENS)
+
     async def tokens(self, spec: SequenceSpec) -> list[Token]:
         """Return a sequence's tokens."""
         found: list[Token] = []
@@ -462,7 +470,16 @@ class Fleet:
 
     def request_tasks(self) -> list["asyncio.Task[object]"]:
         """Return live tasks that some request started."""
-        words = ("prefill_or_cancel", "_run_choice", "_push_chunks", "_report_failure", "._read", "Job.")
+        words = (
+            "prefill_or_cancel",
+            "_run_choice",
+            "_push_chunks",
+            "_report_failure",
+            "._read",
+            "Job.",
+            "Attempt.",
+            "follow_revisions",
+        )
         return [
             task
             for task in asyncio.all_tasks()

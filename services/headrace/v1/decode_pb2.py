@@ -26,31 +26,35 @@ from headrace.v1 import generate_pb2 as headrace_dot_v1_dot_generate__pb2
 from headrace.v1 import prefill_pb2 as headrace_dot_v1_dot_prefill__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/decode.proto\x12\x0bheadrace.v1\x1a\x1aheadrace/v1/generate.proto\x1a\x19headrace/v1/prefill.proto\"d\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.headrace.v1.SequenceSpec\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.headrace.v1.PrefillMode\"x\n\x0e\x44\x65\x63odeResponse\x12\x31\n\x0breservation\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.PrefillTargetH\x00\x12*\n\x06tokens\x18\x02 \x01(\x0b\x32\x18.headrace.v1.TokenEventsH\x00\x42\x07\n\x05\x65vent\"f\n\x0bTokenEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x64\x65\x63lined_tokens\x18\x03 \x01(\r\"u\n\x11\x42\x65ginWriteRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x11\n\twriter_id\x18\x03 \x01(\t\x12\x16\n\x0ewriter_address\x18\x04 \x01(\t\x12\x14\n\x0cwriter_epoch\x18\x05 \x01(\t\")\n\x12\x42\x65ginWriteResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\"d\n\nFirstToken\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x64\x65\x63lined_tokens\x18\x03 \x01(\r\"\xa8\x01\n\x14\x43ommitPrefillRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12.\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x17.headrace.v1.FirstTokenH\x00\x12\x11\n\x07\x66\x61ilure\x18\x04 \x01(\tH\x00\x12\x0e\n\x04lost\x18\x06 \x01(\tH\x00\x12\x11\n\twriter_id\x18\x05 \x01(\tB\t\n\x07outcome\",\n\x15\x43ommitPrefillResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08*\\\n\x0bPrefillMode\x12\x1c\n\x18PREFILL_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12PREFILL_MODE_LOCAL\x10\x01\x12\x17\n\x13PREFILL_MODE_REMOTE\x10\x02\x32\xfb\x01\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.headrace.v1.DecodeRequest\x1a\x1b.headrace.v1.DecodeResponse0\x01\x12M\n\nBeginWrite\x12\x1e.headrace.v1.BeginWriteRequest\x1a\x1f.headrace.v1.BeginWriteResponse\x12V\n\rCommitPrefill\x12!.headrace.v1.CommitPrefillRequest\x1a\".headrace.v1.CommitPrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/decode.proto\x12\x0bheadrace.v1\x1a\x1aheadrace/v1/generate.proto\x1a\x19headrace/v1/prefill.proto\"d\n\rDecodeRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.headrace.v1.SequenceSpec\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.headrace.v1.PrefillMode\"\x95\x01\n\x14\x44\x65\x63odeContextRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.DecodeRequestH\x00\x12\x30\n\x08revision\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.ContextRevisionH\x00\x12\x14\n\x0c\x66inal_tokens\x18\x03 \x01(\rB\t\n\x07request\"x\n\x0e\x44\x65\x63odeResponse\x12\x31\n\x0breservation\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.PrefillTargetH\x00\x12*\n\x06tokens\x18\x02 \x01(\x0b\x32\x18.headrace.v1.TokenEventsH\x00\x42\x07\n\x05\x65vent\"\xb1\x01\n\x15\x44\x65\x63odeContextResponse\x12\x31\n\x0breservation\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.PrefillTargetH\x00\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.ContextProgressH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.headrace.v1.TokenEventsH\x00\x42\x07\n\x05\x65vent\"f\n\x0bTokenEvents\x12\'\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x64\x65\x63lined_tokens\x18\x03 \x01(\r\"u\n\x11\x42\x65ginWriteRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x11\n\twriter_id\x18\x03 \x01(\t\x12\x16\n\x0ewriter_address\x18\x04 \x01(\t\x12\x14\n\x0cwriter_epoch\x18\x05 \x01(\t\")\n\x12\x42\x65ginWriteResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08\"d\n\nFirstToken\x12&\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x64\x65\x63lined_tokens\x18\x03 \x01(\r\"\xa8\x01\n\x14\x43ommitPrefillRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12.\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x17.headrace.v1.FirstTokenH\x00\x12\x11\n\x07\x66\x61ilure\x18\x04 \x01(\tH\x00\x12\x0e\n\x04lost\x18\x06 \x01(\tH\x00\x12\x11\n\twriter_id\x18\x05 \x01(\tB\t\n\x07outcome\",\n\x15\x43ommitPrefillResponse\x12\x13\n\x0bis_accepted\x18\x01 \x01(\x08*\\\n\x0bPrefillMode\x12\x1c\n\x18PREFILL_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12PREFILL_MODE_LOCAL\x10\x01\x12\x17\n\x13PREFILL_MODE_REMOTE\x10\x02\x32\xd7\x02\n\rDecodeService\x12\x43\n\x06\x44\x65\x63ode\x12\x1a.headrace.v1.DecodeRequest\x1a\x1b.headrace.v1.DecodeResponse0\x01\x12Z\n\rDecodeContext\x12!.headrace.v1.DecodeContextRequest\x1a\".headrace.v1.DecodeContextResponse(\x01\x30\x01\x12M\n\nBeginWrite\x12\x1e.headrace.v1.BeginWriteRequest\x1a\x1f.headrace.v1.BeginWriteResponse\x12V\n\rCommitPrefill\x12!.headrace.v1.CommitPrefillRequest\x1a\".headrace.v1.CommitPrefillResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PREFILLMODE']._serialized_start=905
-  _globals['_PREFILLMODE']._serialized_end=997
+  _globals['_PREFILLMODE']._serialized_start=1237
+  _globals['_PREFILLMODE']._serialized_end=1329
   _globals['_DECODEREQUEST']._serialized_start=96
   _globals['_DECODEREQUEST']._serialized_end=196
-  _globals['_DECODERESPONSE']._serialized_start=198
-  _globals['_DECODERESPONSE']._serialized_end=318
-  _globals['_TOKENEVENTS']._serialized_start=320
-  _globals['_TOKENEVENTS']._serialized_end=422
-  _globals['_BEGINWRITEREQUEST']._serialized_start=424
-  _globals['_BEGINWRITEREQUEST']._serialized_end=541
-  _globals['_BEGINWRITERESPONSE']._serialized_start=543
-  _globals['_BEGINWRITERESPONSE']._serialized_end=584
-  _globals['_FIRSTTOKEN']._serialized_start=586
-  _globals['_FIRSTTOKEN']._serialized_end=686
-  _globals['_COMMITPREFILLREQUEST']._serialized_start=689
-  _globals['_COMMITPREFILLREQUEST']._serialized_end=857
-  _globals['_COMMITPREFILLRESPONSE']._serialized_start=859
-  _globals['_COMMITPREFILLRESPONSE']._serialized_end=903
-  _globals['_DECODESERVICE']._serialized_start=1000
-  _globals['_DECODESERVICE']._serialized_end=1251
+  _globals['_DECODECONTEXTREQUEST']._serialized_start=199
+  _globals['_DECODECONTEXTREQUEST']._serialized_end=348
+  _globals['_DECODERESPONSE']._serialized_start=350
+  _globals['_DECODERESPONSE']._serialized_end=470
+  _globals['_DECODECONTEXTRESPONSE']._serialized_start=473
+  _globals['_DECODECONTEXTRESPONSE']._serialized_end=650
+  _globals['_TOKENEVENTS']._serialized_start=652
+  _globals['_TOKENEVENTS']._serialized_end=754
+  _globals['_BEGINWRITEREQUEST']._serialized_start=756
+  _globals['_BEGINWRITEREQUEST']._serialized_end=873
+  _globals['_BEGINWRITERESPONSE']._serialized_start=875
+  _globals['_BEGINWRITERESPONSE']._serialized_end=916
+  _globals['_FIRSTTOKEN']._serialized_start=918
+  _globals['_FIRSTTOKEN']._serialized_end=1018
+  _globals['_COMMITPREFILLREQUEST']._serialized_start=1021
+  _globals['_COMMITPREFILLREQUEST']._serialized_end=1189
+  _globals['_COMMITPREFILLRESPONSE']._serialized_start=1191
+  _globals['_COMMITPREFILLRESPONSE']._serialized_end=1235
+  _globals['_DECODESERVICE']._serialized_start=1332
+  _globals['_DECODESERVICE']._serialized_end=1675
 # @@protoc_insertion_point(module_scope)

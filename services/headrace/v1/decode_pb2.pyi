@@ -74,6 +74,42 @@ class DecodeRequest(_message.Message):
 Global___DecodeRequest: _TypeAlias = DecodeRequest  # noqa: Y015
 
 @_typing.final
+class DecodeContextRequest(_message.Message):
+    """Set by the router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    final_tokens: _builtins.int
+    """With `open`: leading tokens that no version changes."""
+    @_builtins.property
+    def open(self) -> Global___DecodeRequest:
+        """First, and once; the prompt may be empty."""
+
+    @_builtins.property
+    def revision(self) -> _generate_pb2.ContextRevision:
+        """The prompt's next version."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___DecodeRequest | None = ...,
+        revision: _generate_pb2.ContextRevision | None = ...,
+        final_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "request", b"request", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final_tokens", b"final_tokens", "open", b"open", "request", b"request", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "revision"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___DecodeContextRequest: _TypeAlias = DecodeContextRequest  # noqa: Y015
+
+@_typing.final
 class DecodeResponse(_message.Message):
     """Set by the decode worker."""
 
@@ -104,6 +140,44 @@ class DecodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___DecodeResponse: _TypeAlias = DecodeResponse  # noqa: Y015
+
+@_typing.final
+class DecodeContextResponse(_message.Message):
+    """Set by the decode worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESERVATION_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reservation(self) -> _prefill_pb2.PrefillTarget:
+        """In remote mode: blocks are reserved for all tokens of a version."""
+
+    @_builtins.property
+    def progress(self) -> _generate_pb2.ContextProgress:
+        """In local mode: a chunk of the prompt was computed."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenEvents:
+        """Tokens of the answer, one or more when the stream was behind."""
+
+    def __init__(
+        self,
+        *,
+        reservation: _prefill_pb2.PrefillTarget | None = ...,
+        progress: _generate_pb2.ContextProgress | None = ...,
+        tokens: Global___TokenEvents | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "reservation", b"reservation", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "reservation", b"reservation", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["reservation", "progress", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___DecodeContextResponse: _TypeAlias = DecodeContextResponse  # noqa: Y015
 
 @_typing.final
 class TokenEvents(_message.Message):

@@ -40,6 +40,11 @@ class DecodeServiceStub:
                 request_serializer=headrace_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.DecodeContext = channel.stream_stream(
+                '/headrace.v1.DecodeService/DecodeContext',
+                request_serializer=headrace_dot_v1_dot_decode__pb2.DecodeContextRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeContextResponse.FromString,
+                _registered_method=True)
         self.BeginWrite = channel.unary_unary(
                 '/headrace.v1.DecodeService/BeginWrite',
                 request_serializer=headrace_dot_v1_dot_decode__pb2.BeginWriteRequest.SerializeToString,
@@ -60,6 +65,15 @@ class DecodeServiceServicer:
         """Streams the tokens of one sequence. With remote prefill the first response is the
         reservation; the tokens follow once CommitPrefill has been called. Cancelling the
         call ends the sequence and frees its blocks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeContext(self, request_iterator, context):
+        """The same for a prompt that still arrives: the first request opens it, the others revise
+        it, and tokens follow once it is closed. With remote prefill the reservation is sent again
+        for each version, when blocks are there for all its tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,6 +102,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Decode,
                     request_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_decode__pb2.DecodeResponse.SerializeToString,
+            ),
+            'DecodeContext': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeContext,
+                    request_deserializer=headrace_dot_v1_dot_decode__pb2.DecodeContextRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_decode__pb2.DecodeContextResponse.SerializeToString,
             ),
             'BeginWrite': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginWrite,
@@ -128,6 +147,33 @@ class DecodeService:
             '/headrace.v1.DecodeService/Decode',
             headrace_dot_v1_dot_decode__pb2.DecodeRequest.SerializeToString,
             headrace_dot_v1_dot_decode__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeContext(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/headrace.v1.DecodeService/DecodeContext',
+            headrace_dot_v1_dot_decode__pb2.DecodeContextRequest.SerializeToString,
+            headrace_dot_v1_dot_decode__pb2.DecodeContextResponse.FromString,
             options,
             channel_credentials,
             insecure,

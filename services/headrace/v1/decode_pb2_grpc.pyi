@@ -38,6 +38,11 @@ class DecodeServiceStub:
     reservation; the tokens follow once CommitPrefill has been called. Cancelling the
     call ends the sequence and frees its blocks.
     """
+    DecodeContext: _grpc.StreamStreamMultiCallable[_decode_pb2.DecodeContextRequest, _decode_pb2.DecodeContextResponse]
+    """The same for a prompt that still arrives: the first request opens it, the others revise
+    it, and tokens follow once it is closed. With remote prefill the reservation is sent again
+    for each version, when blocks are there for all its tokens.
+    """
     BeginWrite: _grpc.UnaryUnaryMultiCallable[_decode_pb2.BeginWriteRequest, _decode_pb2.BeginWriteResponse]
     """Called by a prefill worker before its first write: counts it as a writer of the
     reserved blocks, which are not reused until it has reported its end.
@@ -56,6 +61,11 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     """Streams the tokens of one sequence. With remote prefill the first response is the
     reservation; the tokens follow once CommitPrefill has been called. Cancelling the
     call ends the sequence and frees its blocks.
+    """
+    DecodeContext: _aio.StreamStreamMultiCallable[_decode_pb2.DecodeContextRequest, _decode_pb2.DecodeContextResponse]  # type: ignore[assignment]
+    """The same for a prompt that still arrives: the first request opens it, the others revise
+    it, and tokens follow once it is closed. With remote prefill the reservation is sent again
+    for each version, when blocks are there for all its tokens.
     """
     BeginWrite: _aio.UnaryUnaryMultiCallable[_decode_pb2.BeginWriteRequest, _decode_pb2.BeginWriteResponse]  # type: ignore[assignment]
     """Called by a prefill worker before its first write: counts it as a writer of the
@@ -78,6 +88,17 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the tokens of one sequence. With remote prefill the first response is the
         reservation; the tokens follow once CommitPrefill has been called. Cancelling the
         call ends the sequence and frees its blocks.
+        """
+
+    @_abc_1.abstractmethod
+    def DecodeContext(
+        self,
+        request_iterator: _MaybeAsyncIterator[_decode_pb2.DecodeContextRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_decode_pb2.DecodeContextResponse], _abc.AsyncIterator[_decode_pb2.DecodeContextResponse]]:
+        """The same for a prompt that still arrives: the first request opens it, the others revise
+        it, and tokens follow once it is closed. With remote prefill the reservation is sent again
+        for each version, when blocks are there for all its tokens.
         """
 
     @_abc_1.abstractmethod

@@ -338,6 +338,74 @@ class SequenceSpec(_message.Message):
 Global___SequenceSpec: _TypeAlias = SequenceSpec  # noqa: Y015
 
 @_typing.final
+class ContextRevision(_message.Message):
+    """The next version of a prompt that still arrives: some of its leading tokens, followed by
+    others. Set by the router.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    IS_CLOSED_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """One more than the last; the opening is version 0."""
+    kept_tokens: _builtins.int
+    """Leading tokens that stay."""
+    final_tokens: _builtins.int
+    """Leading tokens that no later version changes: others may find their blocks."""
+    is_closed: _builtins.bool
+    """Whether this is the last version: what follows is its answer."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those that follow them."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        kept_tokens: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        final_tokens: _builtins.int = ...,
+        is_closed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final_tokens", b"final_tokens", "is_closed", b"is_closed", "kept_tokens", b"kept_tokens", "token_ids", b"token_ids", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextRevision: _TypeAlias = ContextRevision  # noqa: Y015
+
+@_typing.final
+class ContextProgress(_message.Message):
+    """How far a prompt that still arrives is computed. Set by the worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Of the prompt that this is true of."""
+    computed_tokens: _builtins.int
+    """Leading tokens whose KV is present."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextProgress: _TypeAlias = ContextProgress  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
     """Counts of tokens, as OpenAI clients know them. Set by the router."""
 

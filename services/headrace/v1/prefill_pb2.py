@@ -26,7 +26,7 @@ from headrace.v1 import block_pb2 as headrace_dot_v1_dot_block__pb2
 from headrace.v1 import generate_pb2 as headrace_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/prefill.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\x1a\x1aheadrace/v1/generate.proto\"_\n\rPrefillTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.headrace.v1.BlockLease\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"|\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.headrace.v1.SequenceSpec\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.PrefillTarget\x12\x11\n\twriter_id\x18\x03 \x01(\t\"\x9b\x01\n\x0fPrefillResponse\x12\x1b\n\x13local_cached_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x14\n\x0cpushed_bytes\x18\x04 \x01(\x04\x12\x10\n\x08queue_us\x18\x05 \x01(\x04\x12\x12\n\ncompute_us\x18\x06 \x01(\x04\x32V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1b.headrace.v1.PrefillRequest\x1a\x1c.headrace.v1.PrefillResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19headrace/v1/prefill.proto\x12\x0bheadrace.v1\x1a\x17headrace/v1/block.proto\x1a\x1aheadrace/v1/generate.proto\"p\n\rPrefillTarget\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.headrace.v1.BlockLease\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07version\x18\x04 \x01(\r\"|\n\x0ePrefillRequest\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.headrace.v1.SequenceSpec\x12*\n\x06target\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.PrefillTarget\x12\x11\n\twriter_id\x18\x03 \x01(\t\"\x9b\x01\n\x0fPrefillResponse\x12\x1b\n\x13local_cached_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x66\x65tched_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x03 \x01(\r\x12\x14\n\x0cpushed_bytes\x18\x04 \x01(\x04\x12\x10\n\x08queue_us\x18\x05 \x01(\x04\x12\x12\n\ncompute_us\x18\x06 \x01(\x04\"\xc3\x01\n\x15PrefillContextRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.headrace.v1.SequenceSpecH\x00\x12\x30\n\x08revision\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.ContextRevisionH\x00\x12,\n\x06target\x18\x03 \x01(\x0b\x32\x1a.headrace.v1.ContextTargetH\x00\x12\x14\n\x0c\x66inal_tokens\x18\x04 \x01(\rB\t\n\x07request\"N\n\rContextTarget\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.PrefillTarget\x12\x11\n\twriter_id\x18\x02 \x01(\t\"\xaa\x01\n\x16PrefillContextResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.ContextProgressH\x00\x12\'\n\x04lost\x18\x02 \x01(\x0b\x32\x17.headrace.v1.LostTargetH\x00\x12,\n\x04\x64one\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.PrefillResponseH\x00\x42\x07\n\x05\x65vent\"-\n\nLostTarget\x12\x11\n\twriter_id\x18\x01 \x01(\t\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t2\xb5\x01\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1b.headrace.v1.PrefillRequest\x1a\x1c.headrace.v1.PrefillResponse\x12]\n\x0ePrefillContext\x12\".headrace.v1.PrefillContextRequest\x1a#.headrace.v1.PrefillContextResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.prefill_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PREFILLTARGET']._serialized_start=95
-  _globals['_PREFILLTARGET']._serialized_end=190
-  _globals['_PREFILLREQUEST']._serialized_start=192
-  _globals['_PREFILLREQUEST']._serialized_end=316
-  _globals['_PREFILLRESPONSE']._serialized_start=319
-  _globals['_PREFILLRESPONSE']._serialized_end=474
-  _globals['_PREFILLSERVICE']._serialized_start=476
-  _globals['_PREFILLSERVICE']._serialized_end=562
+  _globals['_PREFILLTARGET']._serialized_end=207
+  _globals['_PREFILLREQUEST']._serialized_start=209
+  _globals['_PREFILLREQUEST']._serialized_end=333
+  _globals['_PREFILLRESPONSE']._serialized_start=336
+  _globals['_PREFILLRESPONSE']._serialized_end=491
+  _globals['_PREFILLCONTEXTREQUEST']._serialized_start=494
+  _globals['_PREFILLCONTEXTREQUEST']._serialized_end=689
+  _globals['_CONTEXTTARGET']._serialized_start=691
+  _globals['_CONTEXTTARGET']._serialized_end=769
+  _globals['_PREFILLCONTEXTRESPONSE']._serialized_start=772
+  _globals['_PREFILLCONTEXTRESPONSE']._serialized_end=942
+  _globals['_LOSTTARGET']._serialized_start=944
+  _globals['_LOSTTARGET']._serialized_end=989
+  _globals['_PREFILLSERVICE']._serialized_start=992
+  _globals['_PREFILLSERVICE']._serialized_end=1173
 # @@protoc_insertion_point(module_scope)

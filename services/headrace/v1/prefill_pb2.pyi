@@ -27,10 +27,13 @@ class PrefillTarget(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     address: _builtins.str
     """host:port of the decode worker's gRPC server."""
     cached_tokens: _builtins.int
     """Leading tokens the decode worker already holds; not pushed again."""
+    version: _builtins.int
+    """Of a prompt that still arrives: the version that the blocks are for."""
     @_builtins.property
     def lease(self) -> _block_pb2.BlockLease:
         """Blocks reserved for the sequence."""
@@ -41,10 +44,11 @@ class PrefillTarget(_message.Message):
         address: _builtins.str = ...,
         lease: _block_pb2.BlockLease | None = ...,
         cached_tokens: _builtins.int = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_tokens", b"cached_tokens", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cached_tokens", b"cached_tokens", "lease", b"lease", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -125,3 +129,137 @@ class PrefillResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015
+
+@_typing.final
+class PrefillContextRequest(_message.Message):
+    """Set by the router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    final_tokens: _builtins.int
+    """With `open`: leading tokens that no version changes."""
+    @_builtins.property
+    def open(self) -> _generate_pb2.SequenceSpec:
+        """First, and once; the prompt may be empty."""
+
+    @_builtins.property
+    def revision(self) -> _generate_pb2.ContextRevision:
+        """The prompt's next version."""
+
+    @_builtins.property
+    def target(self) -> Global___ContextTarget:
+        """Where its KV goes from now on, or more blocks at the same place."""
+
+    def __init__(
+        self,
+        *,
+        open: _generate_pb2.SequenceSpec | None = ...,
+        revision: _generate_pb2.ContextRevision | None = ...,
+        target: Global___ContextTarget | None = ...,
+        final_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "request", b"request", "revision", b"revision", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final_tokens", b"final_tokens", "open", b"open", "request", b"request", "revision", b"revision", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "revision", "target"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___PrefillContextRequest: _TypeAlias = PrefillContextRequest  # noqa: Y015
+
+@_typing.final
+class ContextTarget(_message.Message):
+    """Where the KV of a prompt goes that still arrives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    WRITER_ID_FIELD_NUMBER: _builtins.int
+    writer_id: _builtins.str
+    """Name of the attempt to fill it, unique; another name is another attempt."""
+    @_builtins.property
+    def target(self) -> Global___PrefillTarget:
+        """The reservation; absent: nowhere until another is named."""
+
+    def __init__(
+        self,
+        *,
+        target: Global___PrefillTarget | None = ...,
+        writer_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "writer_id", b"writer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextTarget: _TypeAlias = ContextTarget  # noqa: Y015
+
+@_typing.final
+class PrefillContextResponse(_message.Message):
+    """Set by the prefill worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _generate_pb2.ContextProgress:
+        """A chunk was computed."""
+
+    @_builtins.property
+    def lost(self) -> Global___LostTarget:
+        """The target of this writer cannot be filled; another is waited for."""
+
+    @_builtins.property
+    def done(self) -> Global___PrefillResponse:
+        """The hand-off is confirmed; sent once, last."""
+
+    def __init__(
+        self,
+        *,
+        progress: _generate_pb2.ContextProgress | None = ...,
+        lost: Global___LostTarget | None = ...,
+        done: Global___PrefillResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "lost", b"lost", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "event", b"event", "lost", b"lost", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "lost", "done"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PrefillContextResponse: _TypeAlias = PrefillContextResponse  # noqa: Y015
+
+@_typing.final
+class LostTarget(_message.Message):
+    """A target that cannot be filled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITER_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    writer_id: _builtins.str
+    """Name of the attempt."""
+    code: _builtins.str
+    """Why: code of the error."""
+    def __init__(
+        self,
+        *,
+        writer_id: _builtins.str = ...,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "writer_id", b"writer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostTarget: _TypeAlias = LostTarget  # noqa: Y015

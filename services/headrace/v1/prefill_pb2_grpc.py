@@ -40,6 +40,11 @@ class PrefillServiceStub:
                 request_serializer=headrace_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.PrefillContext = channel.stream_stream(
+                '/headrace.v1.PrefillService/PrefillContext',
+                request_serializer=headrace_dot_v1_dot_prefill__pb2.PrefillContextRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_prefill__pb2.PrefillContextResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer:
@@ -54,6 +59,16 @@ class PrefillServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillContext(self, request_iterator, context):
+        """The same for a prompt that still arrives: the first request opens it, the others revise it
+        or say where its KV goes. Its KV is pushed as far as it is computed and the target has
+        blocks for that version. Ends with `done` when a decode worker has confirmed the hand-off
+        of the closed prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +76,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=headrace_dot_v1_dot_prefill__pb2.PrefillRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_prefill__pb2.PrefillResponse.SerializeToString,
+            ),
+            'PrefillContext': grpc.stream_stream_rpc_method_handler(
+                    servicer.PrefillContext,
+                    request_deserializer=headrace_dot_v1_dot_prefill__pb2.PrefillContextRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_prefill__pb2.PrefillContextResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +111,33 @@ class PrefillService:
             '/headrace.v1.PrefillService/Prefill',
             headrace_dot_v1_dot_prefill__pb2.PrefillRequest.SerializeToString,
             headrace_dot_v1_dot_prefill__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillContext(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/headrace.v1.PrefillService/PrefillContext',
+            headrace_dot_v1_dot_prefill__pb2.PrefillContextRequest.SerializeToString,
+            headrace_dot_v1_dot_prefill__pb2.PrefillContextResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,12 @@ class PrefillServiceStub:
     """Ends when the decode worker has confirmed the hand-off, or with an error. Cancelling
     the call stops the work within one chunk.
     """
+    PrefillContext: _grpc.StreamStreamMultiCallable[_prefill_pb2.PrefillContextRequest, _prefill_pb2.PrefillContextResponse]
+    """The same for a prompt that still arrives: the first request opens it, the others revise it
+    or say where its KV goes. Its KV is pushed as far as it is computed and the target has
+    blocks for that version. Ends with `done` when a decode worker has confirmed the hand-off
+    of the closed prompt.
+    """
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
@@ -46,6 +52,12 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     Prefill: _aio.UnaryUnaryMultiCallable[_prefill_pb2.PrefillRequest, _prefill_pb2.PrefillResponse]  # type: ignore[assignment]
     """Ends when the decode worker has confirmed the hand-off, or with an error. Cancelling
     the call stops the work within one chunk.
+    """
+    PrefillContext: _aio.StreamStreamMultiCallable[_prefill_pb2.PrefillContextRequest, _prefill_pb2.PrefillContextResponse]  # type: ignore[assignment]
+    """The same for a prompt that still arrives: the first request opens it, the others revise it
+    or say where its KV goes. Its KV is pushed as far as it is computed and the target has
+    blocks for that version. Ends with `done` when a decode worker has confirmed the hand-off
+    of the closed prompt.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +71,18 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_prefill_pb2.PrefillResponse, _abc.Awaitable[_prefill_pb2.PrefillResponse]]:
         """Ends when the decode worker has confirmed the hand-off, or with an error. Cancelling
         the call stops the work within one chunk.
+        """
+
+    @_abc_1.abstractmethod
+    def PrefillContext(
+        self,
+        request_iterator: _MaybeAsyncIterator[_prefill_pb2.PrefillContextRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_prefill_pb2.PrefillContextResponse], _abc.AsyncIterator[_prefill_pb2.PrefillContextResponse]]:
+        """The same for a prompt that still arrives: the first request opens it, the others revise it
+        or say where its KV goes. Its KV is pushed as far as it is computed and the target has
+        blocks for that version. Ends with `done` when a decode worker has confirmed the hand-off
+        of the closed prompt.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.holder import Holder
-from headrace.core.request import SequenceId, SequenceSpec, Token
+from headrace.core.request import Revision, SequenceId, SequenceSpec, Token
 from headrace.engine.messages import (
     Admitted,
     Begin,
@@ -23,6 +23,8 @@ from headrace.engine.messages import (
     Pin,
     Quarantine,
     ReleaseWriter,
+    Revise,
+    Settle,
     Unpin,
 )
 from headrace.errors import HeadraceError, InternalError, InvalidRequest
@@ -52,10 +54,16 @@ class EventStream:
     def __init__(self) -> None:
         self._events: deque[EngineEvent] = deque()
         self._arrived = asyncio.Event()
+        self._is_woken = False
 
     def put(self, event: EngineEvent) -> None:
         """Add an event; called on the loop."""
         self._events.append(event)
+        self._arrived.set()
+
+    def wake(self) -> None:
+        """Let the reader look at something else: its `take` returns, maybe with nothing."""
+        self._is_woken = True
         self._arrived.set()
 
     async def take(self) -> list[EngineEvent]:
@@ -64,9 +72,10 @@ class EventStream:
         Raises:
             HeadraceError: the engine failed the sequence; what arrived before is returned first.
         """
-        while not self._events:
+        while not self._events and not self._is_woken:
             self._arrived.clear()
             await self._arrived.wait()
+        self._is_woken = False
         taken: list[EngineEvent] = []
         while self._events:
             event = self._events[0]
@@ -113,9 +122,21 @@ class OpenSequence:
         """Start computing; see `engine.messages.Begin`."""
         self._engine.send(Begin(sequence_id=self.spec.sequence_id, num_present=num_present, first=first))
 
+    def revise(self, revision: Revision) -> None:
+        """Give the prompt its next version; see `engine.messages.Revise`."""
+        self._engine.send(Revise(sequence_id=self.spec.sequence_id, revision=revision))
+
+    def settle(self, num_progress: int) -> None:
+        """Say that nothing reads the blocks of so many more progress events; see `engine.messages.Settle`."""
+        self._engine.send(Settle(sequence_id=self.spec.sequence_id, num_progress=num_progress))
+
     async def events(self) -> list[EngineEvent]:
         """Wait for the next events; raises what the engine failed the sequence with."""
         return await self._events.take()
+
+    def wake(self) -> None:
+        """Make `events` return, maybe with nothing: what it waits for has happened outside the engine."""
+        self._events.wake()
 
     def fail(self, error: HeadraceError) -> None:
         """Make `events` raise: something outside the engine went wrong for this sequence."""
@@ -152,13 +173,23 @@ class AsyncEngine:
         """Queue a command; raises Saturated when the mailbox is full."""
         self._port.send(command)
 
-    def open(self, spec: SequenceSpec, goal: Goal, *, arrives_whole: bool = False) -> OpenSequence:
+    def open(
+        self,
+        spec: SequenceSpec,
+        goal: Goal,
+        *,
+        arrives_whole: bool = False,
+        is_open: bool = False,
+        num_final: int = 0,
+    ) -> OpenSequence:
         """Ask for blocks; entering the returned context waits until they are there.
 
         Args:
             spec: The sequence.
             goal: How far the engine takes it.
             arrives_whole: Whether a peer computes its KV and sends it before `begin`.
+            is_open: Whether the prompt still arrives.
+            num_final: Leading tokens of such a prompt that stay as they are.
 
         Raises:
             InvalidRequest: a sequence of that name is open. The engine knows sequences by name: the close of a
@@ -173,7 +204,10 @@ class AsyncEngine:
         def sink(event: EngineEvent) -> None:
             self._deliver(events, event)
 
-        self.send(Open(spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole))
+        opening = Open(
+            spec=spec, goal=goal, sink=sink, arrives_whole=arrives_whole, is_open=is_open, num_final=num_final
+        )
+        self.send(opening)
         self._open.add(spec.sequence_id)
         return sequence
 

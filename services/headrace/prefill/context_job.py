@@ -1,0 +1,248 @@
+"""One prompt that still arrives: computed and pushed as it comes, handed over once it is closed."""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TypeAlias
+
+from headrace.core.block import BlockId
+from headrace.core.request import Revision, SequenceSpec, Token
+from headrace.core.wire import revision_from_proto, token_to_proto
+from headrace.engine.messages import Goal, Progress, Sampled
+from headrace.errors import HeadraceError, InternalError
+from headrace.prefill.delivery import Delivery
+from headrace.prefill.parts import PrefillParts
+from headrace.prefill.policy import next_push
+from headrace.v1 import decode_pb2, generate_pb2, prefill_pb2
+from headrace.worker.context import ArrivingPrompt, follow_revisions, not_opened
+from headrace.worker.engine import OpenSequence
+
+logger = logging.getLogger(__name__)
+
+Requests: TypeAlias = AsyncIterator[prefill_pb2.PrefillContextRequest]
+
+
+class ContextJob:
+    """Takes one sequence from its first piece to the hand-over.
+
+    Decode workers may come and go meanwhile: what is computed stays, and is pushed anew into each reservation. Each
+    hears once that nothing more is written: by the first token, or by a failure sent after every write has settled.
+
+    Args:
+        parts: What the jobs of a worker share.
+        spec: The sequence as it is opened.
+        num_final: Leading tokens of it that stay.
+    """
+
+    def __init__(self, parts: PrefillParts, spec: SequenceSpec, num_final: int) -> None:
+        self._parts = parts
+        self._spec = spec
+        self._num_final = num_final
+        self._prompt = ArrivingPrompt(spec)
+        self._outbox: asyncio.Queue[prefill_pb2.PrefillContextResponse | HeadraceError] = asyncio.Queue()
+        self._changed = asyncio.Event()
+        self._is_over = False
+        self._progress: Progress | None = None
+        self._num_unsettled = 0
+        self._first: Token | None = None
+        self._reused_tokens = self._declined_tokens = 0
+        self._pushed_bytes = 0
+        # The reservation that the router wants filled, and the one that this job has begun to write into.
+        self._wanted: Delivery | None = None
+        self._begun: Delivery | None = None
+        self._num_pushed = 0
+        self._num_valid = 0
+
+    async def run(self, requests: Requests) -> AsyncGenerator[prefill_pb2.PrefillContextResponse, None]:
+        """Compute and push until a decode worker has taken over; closing it stops the work within one chunk.
+
+        Raises:
+            HeadraceError: the prompt could not be computed.
+        """
+        engine, spec = self._parts.engine, self._spec
+        async with engine.open(spec, Goal.FIRST_TOKEN, is_open=True, num_final=self._num_final) as sequence:
+            revisions = follow_revisions(self._revisions(requests), sequence, self._prompt, self._note)
+            tasks = [self._parts.tasks.create_task(work) for work in (revisions, self._follow(sequence))]
+            # A cancelled request must not abandon a posted write: the pusher ends by itself.
+            pusher = self._parts.tasks.create_task(self._push_until_over(sequence))
+            try:
+                while True:
+                    message = await self._outbox.get()
+                    if isinstance(message, HeadraceError):
+                        raise message
+                    yield message
+                    if message.HasField("done"):
+                        return
+            finally:
+                self._is_over = True
+                self._changed.set()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait([pusher, *tasks])
+
+    async def _revisions(self, requests: Requests) -> AsyncIterator[Revision]:
+        async for request in requests:
+            match request.WhichOneof("request"):
+                case "revision":
+                    yield revision_from_proto(request.revision)
+                case "target":
+                    self._aim(request.target)
+                case _:
+                    raise not_opened()
+
+    def _note(self, revision: Revision) -> None:
+        """Forget what was pushed behind the common prefix."""
+        num_kept = revision.num_kept // self._parts.block_tokens
+        self._num_pushed, self._num_valid = min(self._num_pushed, num_kept), min(self._num_valid, num_kept)
+        self._reused_tokens = min(self._reused_tokens, revision.num_kept)
+        self._changed.set()
+
+    def _aim(self, named: prefill_pb2.ContextTarget) -> None:
+        if not named.HasField("target"):
+            self._wanted = None
+        elif self._wanted is not None and self._wanted.writer_id == named.writer_id:
+            self._wanted.target = named.target
+        else:
+            self._wanted = Delivery(self._parts, named.target, named.writer_id, self._spec.deadline_unix_ms)
+        self._changed.set()
+
+    async def _follow(self, sequence: OpenSequence) -> None:
+        """Have the prompt computed, and take note of how far it is."""
+        try:
+            present = await self._parts.blocks.fetch(sequence) if self._spec.prompt else 0
+            sequence.begin(present)
+            self._reused_tokens, self._declined_tokens = present, sequence.declined_tokens
+            while self._first is None:
+                for event in await sequence.events():
+                    self._hear(event)
+                self._changed.set()
+        except HeadraceError as error:
+            self._outbox.put_nowait(error)
+        except Exception:  # noqa: BLE001 a bug in one request must not end the worker's task group
+            logger.exception("context not followed", extra={"sequence_id": self._spec.sequence_id})
+            self._outbox.put_nowait(InternalError("the prefill worker failed on this context; its log has the cause"))
+
+    def _hear(self, event: object) -> None:
+        match event:
+            case Progress(version=version, num_computed=num_computed):
+                self._progress = event
+                self._num_unsettled += 1
+                progress = generate_pb2.ContextProgress(version=version, computed_tokens=num_computed)
+                self._outbox.put_nowait(prefill_pb2.PrefillContextResponse(progress=progress))
+            case Sampled(token=token):
+                self._first = token
+            case _:
+                logger.error("unexpected event", extra={"event": type(event).__name__})
+
+    async def _push_until_over(self, sequence: OpenSequence) -> None:
+        try:
+            while not self._is_over:
+                self._changed.clear()
+                num_progress, progress = self._num_unsettled, self._progress
+                try:
+                    await self._push_some()
+                except HeadraceError as error:
+                    self._lose(error)
+                self._num_unsettled -= num_progress
+                if progress is not None and num_progress:
+                    self._settle(sequence, progress.block_ids, num_progress)
+                if await self._hand_over():
+                    return
+                await self._changed.wait()
+        except Exception:  # noqa: BLE001 a bug in one request must not end the worker's task group
+            logger.exception("context not pushed", extra={"sequence_id": self._spec.sequence_id})
+            failure = InternalError("the prefill worker failed to push this context; its log has the cause")
+            self._outbox.put_nowait(failure)
+        finally:
+            self._leave("the context is over")
+
+    def _settle(self, sequence: OpenSequence, blocks: tuple[BlockId, ...], num_progress: int) -> None:
+        """Let the engine reuse blocks once no write reads them: one that ran out of time may still."""
+
+        def settle() -> None:
+            if not self._is_over:
+                sequence.settle(num_progress)
+
+        self._parts.connector.when_settled(blocks, settle)
+
+    async def _push_some(self) -> None:
+        """Push what is complete, if the target has blocks for this version of the prompt."""
+        if self._wanted is not self._begun:
+            self._leave("another target")
+            await self._begin()
+        while self._begun is not None and self._begun is self._wanted and not self._is_over:
+            push = self._next_push(self._begun)
+            if push is None:
+                return
+            first, blocks = push
+            self._num_valid = first + len(blocks)
+            with self._begun.peer_to_blame():
+                await self._begun.write(blocks, first)
+            self._pushed_bytes += len(blocks) * self._parts.block_bytes
+            self._num_pushed = self._num_valid
+
+    def _next_push(self, delivery: Delivery) -> tuple[int, tuple[BlockId, ...]] | None:
+        """Return the first block to push and all that go with it, or None."""
+        progress = self._progress
+        if progress is None or not progress.version == self._prompt.version == delivery.target.version:
+            return None
+        # Blocks of a longer version may be there and full: only as many as the prompt has now may be pushed.
+        is_last = self._first is not None
+        push = next_push(self._num_pushed, progress.num_computed, self._parts.block_tokens, is_last=is_last)
+        return None if push is None else (push.start, progress.block_ids[push.start : push.end])
+
+    async def _begin(self) -> None:
+        delivery = self._wanted
+        if delivery is None:
+            return
+        with delivery.peer_to_blame():
+            await delivery.connect()
+            # From here on its owner counts on a report.
+            self._begun = delivery
+            await delivery.begin()
+        self._num_pushed = delivery.target.cached_tokens // self._parts.block_tokens
+
+    def _leave(self, reason: str) -> None:
+        """Tell the owner of the reservation that nothing more is written into it."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.fail_when_settled(() if self._progress is None else self._progress.block_ids, reason)
+
+    def _lose(self, error: HeadraceError) -> None:
+        """Go on without a target that cannot be filled, and say so."""
+        lost = self._begun or self._wanted
+        self._leave(error.code)
+        if lost is not None:
+            message = prefill_pb2.LostTarget(writer_id=lost.writer_id, code=error.code)
+            self._outbox.put_nowait(prefill_pb2.PrefillContextResponse(lost=message))
+            if self._wanted is lost:
+                self._wanted = None
+
+    async def _hand_over(self) -> bool:
+        """Hand the first token over, if all KV before it has landed; return whether that is so."""
+        delivery, first = self._begun, self._first
+        is_whole = delivery is not None and delivery is self._wanted and delivery.target.version == self._prompt.version
+        if first is None or delivery is None or not is_whole or self._is_over:
+            return False
+        tokens, size = self._prompt.tokens, self._parts.block_tokens
+        if self._num_pushed * size < len(tokens):
+            return False
+        hashes = self._parts.blocks.hashes(tokens, self._spec.cache_key)
+        self._parts.blocks.store_later(dataclasses.replace(self._spec, prompt=tokens), hashes)
+        message = decode_pb2.FirstToken(
+            event=token_to_proto(first), cached_tokens=self._reused_tokens, declined_tokens=self._declined_tokens
+        )
+        try:
+            await delivery.commit(message)
+        except HeadraceError as error:
+            self._lose(error)
+            return False
+        self._begun = None
+        done = prefill_pb2.PrefillResponse(
+            local_cached_tokens=self._reused_tokens,
+            computed_tokens=len(tokens) - self._reused_tokens,
+            pushed_bytes=self._pushed_bytes,
+        )
+        self._outbox.put_nowait(prefill_pb2.PrefillContextResponse(done=done))
+        return True

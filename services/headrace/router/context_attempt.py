@@ -1,0 +1,259 @@
+"""One attempt to have a context computed: a prefill worker for all of it, one decode worker after the other."""
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from headrace.core.request import Revision, SequenceId, SequenceSpec
+from headrace.core.wire import revision_to_proto, spec_to_proto
+from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError, NotReady, PeerFailed
+from headrace.router.policy import Route
+from headrace.router.sequence import FULL, MOVABLE, SequenceParts, TokenBatch, token_batch
+from headrace.router.workers import Worker
+from headrace.runtime.channels import translate_errors
+from headrace.v1 import decode_pb2, decode_pb2_grpc, generate_pb2, prefill_pb2, prefill_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+REOPEN_PAUSE_S = 0.2
+"""Before another decode worker is asked for blocks: they are filled while the context arrives, which has time."""
+
+RequestT = TypeVar("RequestT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextProgress:
+    """How far a context is computed.
+
+    Attributes:
+        num_computed: Leading tokens whose KV is present.
+        num_tokens: Tokens known.
+    """
+
+    num_computed: int
+    num_tokens: int
+
+
+ContextEvent: TypeAlias = ContextProgress | TokenBatch
+
+
+class _Leg(Generic[RequestT]):
+    """The stream to one worker: what is sent there, and the version of the context that it was opened with."""
+
+    def __init__(self, opening: RequestT, version: int) -> None:
+        self.version = version
+        self._queue: asyncio.Queue[RequestT] = asyncio.Queue()
+        # Without bound: whoever revises a context bounds its tokens.
+        self.send = self._queue.put_nowait
+        self.send(opening)
+
+    async def requests(self) -> AsyncIterator[RequestT]:
+        """Yield what is to be sent, without end."""
+        while True:
+            yield await self._queue.get()
+
+
+class ContextAttempt:
+    """Owns the streams to the workers that have a context.
+
+    A decode worker may lose its blocks, or die, while the context is open: another is asked, and the prefill worker
+    pushes what it has there. Whatever else goes wrong ends the attempt.
+
+    Args:
+        parts: What all sequences share.
+        spec: The sequence with what is known of its prompt.
+        num_final: Leading tokens of it that stay.
+        choose: Returns a route without a worker that has failed.
+    """
+
+    def __init__(
+        self, parts: SequenceParts, spec: SequenceSpec, num_final: int, choose: Callable[[SequenceSpec, str], Route]
+    ) -> None:
+        self._parts = parts
+        self._spec = spec
+        self._choose = choose
+        self._tokens = list(spec.prompt)
+        self._num_final = num_final
+        self._version = 0
+        self._closed = asyncio.Event()
+        self._names = itertools.count()
+        self._events: asyncio.Queue[ContextEvent | HeadraceError] = asyncio.Queue()
+        self._prefill: _Leg[prefill_pb2.PrefillContextRequest] | None = None
+        self._decode: _Leg[decode_pb2.DecodeContextRequest] | None = None
+        self._writer_id = ""
+        self._cancel_decode: Callable[[], object] = lambda: None
+
+    def revise(self, num_kept: int, tokens: tuple[int, ...], num_final: int, *, is_closed: bool) -> None:
+        """Keep the first tokens and put others behind them, at all workers."""
+        del self._tokens[num_kept:]
+        self._tokens.extend(tokens)
+        self._version += 1
+        self._num_final = num_final
+        revision = Revision(
+            version=self._version, num_kept=num_kept, tokens=tokens, num_final=num_final, is_closed=is_closed
+        )
+        if self._prefill is not None:
+            self._prefill.send(prefill_pb2.PrefillContextRequest(revision=_at(revision, self._prefill.version)))
+        if self._decode is not None:
+            self._decode.send(decode_pb2.DecodeContextRequest(revision=_at(revision, self._decode.version)))
+        if is_closed:
+            self._closed.set()
+
+    async def run(self, route: Route) -> AsyncGenerator[ContextEvent, None]:
+        """Yield progress and tokens until closed.
+
+        Raises:
+            HeadraceError: it cannot go on.
+        """
+        tasks = [self._parts.tasks.create_task(self._lead(self._run_decode(route), "decode"))]
+        if route.prefill is not None:
+            prefill = self._lead(self._run_prefill(route.prefill), "prefill")
+            tasks.append(self._parts.tasks.create_task(prefill))
+        try:
+            while True:
+                event = await self._events.get()
+                if isinstance(event, HeadraceError):
+                    raise event
+                yield event
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    async def _lead(self, leg: Awaitable[None], what: str) -> None:
+        """Carry one leg out; what it fails with ends the attempt."""
+        try:
+            await leg
+        except HeadraceError as error:
+            self._events.put_nowait(error)
+        except Exception:  # noqa: BLE001 a bug in one request must not end the router's task group
+            logger.exception("context failed", extra={"sequence_id": self._spec.sequence_id, "leg": what})
+            self._events.put_nowait(InternalError("the router failed on this context; its log has the cause"))
+
+    # -- The prefill worker ------------------------------------------------------
+
+    async def _run_prefill(self, name: str) -> None:
+        worker, spec = self._parts.table.by_name(name), self._known(self._spec.sequence_id)
+        opening = prefill_pb2.PrefillContextRequest(open=spec_to_proto(spec), final_tokens=self._num_final)
+        leg = self._prefill = _Leg(opening, self._version)
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
+        self._parts.table.reserve(name, spec.sequence_id, len(spec.tokens))
+        call = stub.PrefillContext(leg.requests(), timeout=self._remaining_s())
+        try:
+            async with translate_errors(worker.address):
+                async for response in call:
+                    match response.WhichOneof("event"):
+                        case "progress":
+                            self._note(response.progress, leg.version)
+                        case "lost" if response.lost.writer_id == self._writer_id:
+                            # Whether its decode worker knows or not: it gets nothing more, so it is left.
+                            self._cancel_decode()
+                        case "done":
+                            return
+            raise PeerFailed(f"{name} ended its stream before the hand-over", worker=worker.address)
+        except HeadraceError as error:
+            raise self._failure(worker, error) from None
+        finally:
+            call.cancel()
+            self._prefill = None
+            self._parts.table.release(name, spec.sequence_id)
+
+    def _aim(self, target: prefill_pb2.PrefillTarget | None, writer_id: str = "") -> None:
+        """Tell the prefill worker where its KV goes."""
+        self._writer_id = writer_id
+        if self._prefill is not None:
+            named = prefill_pb2.ContextTarget(target=target, writer_id=writer_id)
+            if target is not None:
+                named.target.version -= self._prefill.version
+            self._prefill.send(prefill_pb2.PrefillContextRequest(target=named))
+
+    # -- Decode workers ----------------------------------------------------------
+
+    async def _run_decode(self, route: Route) -> None:
+        name, is_local = route.decode, route.prefill is None
+        while True:
+            worker = self._parts.table.by_name(name)
+            try:
+                await self._decode_at(worker, is_local=is_local)
+            except HeadraceError as error:
+                failure = self._failure(worker, error)
+                if is_local or not isinstance(failure, (*MOVABLE, *FULL)) or self._closed.is_set():
+                    raise failure from None
+                logger.info("context changes its decode worker", extra={"worker": name, "error": failure.code})
+            self._aim(None)
+            await self._pause()
+            if self._closed.is_set():
+                raise PeerFailed(f"the decode worker {name} was lost", worker=worker.address)
+            name = self._choose(self._spec, name).decode
+
+    async def _decode_at(self, worker: Worker, *, is_local: bool) -> None:
+        """Have one decode worker keep blocks and generate; returns when it has ended its stream."""
+        spec = self._known(SequenceId(f"{self._spec.sequence_id}.{next(self._names)}"))
+        mode = decode_pb2.PREFILL_MODE_LOCAL if is_local else decode_pb2.PREFILL_MODE_REMOTE
+        request = decode_pb2.DecodeRequest(sequence=spec_to_proto(spec), mode=mode)
+        opening = decode_pb2.DecodeContextRequest(open=request, final_tokens=self._num_final)
+        leg = self._decode = _Leg(opening, self._version)
+        writer_id = secrets.token_hex(16)
+        stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(worker.address))
+        self._parts.table.reserve(worker.name, spec.sequence_id, len(spec.tokens) if is_local else 0)
+        call = stub.DecodeContext(leg.requests(), timeout=self._remaining_s())
+        self._cancel_decode = call.cancel
+        try:
+            async with translate_errors(worker.address):
+                async for response in call:
+                    match response.WhichOneof("event"):
+                        case "reservation":
+                            response.reservation.version += leg.version
+                            self._aim(response.reservation, writer_id)
+                        case "progress":
+                            self._note(response.progress, leg.version)
+                        case "tokens":
+                            self._events.put_nowait(token_batch(response.tokens))
+            raise PeerFailed(f"{worker.name} ended its stream before the answer was complete", worker=worker.address)
+        finally:
+            call.cancel()
+            self._decode = None
+            self._parts.table.release(worker.name, spec.sequence_id)
+
+    async def _pause(self) -> None:
+        """Wait a little, but not once the context is closed: its answer is waited for."""
+        try:
+            async with asyncio.timeout(REOPEN_PAUSE_S):
+                await self._closed.wait()
+        except TimeoutError:
+            pass
+
+    # -- Both --------------------------------------------------------------------
+
+    def _known(self, name: SequenceId) -> SequenceSpec:
+        return dataclasses.replace(self._spec, sequence_id=name, prompt=tuple(self._tokens))
+
+    def _note(self, progress: generate_pb2.ContextProgress, version: int) -> None:
+        if progress.version + version == self._version:
+            num_tokens = len(self._tokens)
+            self._events.put_nowait(ContextProgress(num_computed=progress.computed_tokens, num_tokens=num_tokens))
+
+    def _failure(self, worker: Worker, error: HeadraceError) -> HeadraceError:
+        """Return why a stream failed, and take note of a worker that is to be avoided."""
+        if isinstance(error, Cancelled):
+            # Nobody here cancelled it, or its prefill worker cannot fill it: the worker has left, or is left.
+            error = PeerFailed(f"{worker.name} left during the call", worker=worker.address)
+        if isinstance(error, NotReady) or (isinstance(error, PeerFailed) and error.worker == worker.address):
+            self._parts.table.suspect(worker.name)
+        return error
+
+    def _remaining_s(self) -> float:
+        remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
+        if remaining_s <= 0:
+            raise DeadlineExceeded("the request's deadline passed before its context was complete")
+        return remaining_s
+
+
+def _at(revision: Revision, version: int) -> generate_pb2.ContextRevision:
+    """Write a revision for a worker that was told of the context at a later version."""
+    return revision_to_proto(dataclasses.replace(revision, version=revision.version - version))

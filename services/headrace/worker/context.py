@@ -1,0 +1,81 @@
+"""A prompt that still arrives, as the jobs of a worker follow it."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+
+from headrace.core.request import Revision, SequenceSpec
+from headrace.errors import Cancelled, HeadraceError, InvalidRequest
+from headrace.worker.engine import OpenSequence
+
+logger = logging.getLogger(__name__)
+
+
+class ArrivingPrompt:
+    """The tokens known so far.
+
+    Args:
+        spec: The sequence as it was opened.
+
+    Attributes:
+        version: Of the prompt.
+        is_closed: Whether it is complete.
+    """
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        self.version = 0
+        self.is_closed = False
+        self._tokens = list(spec.prompt)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens known."""
+        return tuple(self._tokens)
+
+    def take(self, revision: Revision) -> None:
+        """Become the next version.
+
+        Raises:
+            InvalidRequest: it does not follow this one.
+        """
+        if self.is_closed or revision.version != self.version + 1 or revision.num_kept > len(self._tokens):
+            raise InvalidRequest(
+                f"revision {revision.version} keeps {revision.num_kept} tokens; version {self.version} has "
+                f"{len(self._tokens)} and is {'closed' if self.is_closed else 'open'}",
+                field="revision",
+            )
+        del self._tokens[revision.num_kept :]
+        self._tokens.extend(revision.tokens)
+        self.version, self.is_closed = revision.version, revision.is_closed
+
+
+def not_opened() -> InvalidRequest:
+    """Return what is wrong with a stream that does not begin with its opening."""
+    return InvalidRequest("the first request of a context opens it, the others do not", field="open")
+
+
+async def follow_revisions(
+    revisions: AsyncIterator[Revision],
+    sequence: OpenSequence,
+    prompt: ArrivingPrompt,
+    on_change: Callable[[Revision], None] = lambda _: None,
+) -> None:
+    """Hand revisions to the engine until there are no more; what is wrong with them fails the sequence.
+
+    Args:
+        revisions: May raise HeadraceErrors.
+        sequence: In the engine.
+        prompt: Takes the revisions.
+        on_change: Told of each that was taken.
+    """
+    try:
+        async for revision in revisions:
+            prompt.take(revision)
+            on_change(revision)
+            sequence.revise(revision)
+        if not prompt.is_closed:
+            raise InvalidRequest("the context ended before it was closed", field="revision.is_closed")
+    except HeadraceError as error:
+        sequence.fail(error)
+    except Exception as error:  # noqa: BLE001 what gRPC raises when a call ends under its reader is not public
+        logger.info("context broke off", extra={"sequence_id": sequence.spec.sequence_id, "error": repr(error)})
+        sequence.fail(Cancelled("the stream of the context broke off"))

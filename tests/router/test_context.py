@@ -1,0 +1,289 @@
+"""A context that still arrives, through real calls and engines, on a fake model and transport."""
+
+import asyncio
+import random
+from contextlib import aclosing
+
+import pytest
+
+from headrace.errors import DeadlineExceeded, InvalidRequest
+from headrace.router.context_attempt import ContextProgress
+from headrace.testing.fleet import open_fleet
+
+CLUSTERS = ["h0", "p0 d0", "p0 p1 d0 d1", "p0", "d0"]
+
+
+class Stream:
+    """A context that is fed by a test, and its answer."""
+
+    def __init__(self, fleet, prompt=(), **sampling):
+        self.fleet, self.prompt = fleet, tuple(prompt)
+        self.run = fleet.context(fleet.spec(prompt, **sampling))
+        self.tokens, self.progress = [], []
+        self.reading = asyncio.ensure_future(self._read())
+
+    async def _read(self):
+        async with aclosing(self.run.events()) as events:
+            async for event in events:
+                if isinstance(event, ContextProgress):
+                    self.progress.append(event)
+                else:
+                    self.tokens.extend(event.tokens)
+
+    def revise(self, tokens=(), keep=None, **how):
+        keep = len(self.prompt) if keep is None else keep
+        self.prompt = (*self.prompt[:keep], *tokens)
+        self.run.revise(keep, tuple(tokens), **how)
+
+    async def computed(self):
+        """Wait until all that may be computed is."""
+        wanted = ContextProgress(num_computed=max(0, len(self.prompt) - 1), num_tokens=len(self.prompt))
+        if wanted.num_computed:
+            await self.fleet.until(lambda: wanted in self.progress or self.reading.done(), f"not computed: {wanted}")
+            assert not self.reading.done(), self.reading.result()
+
+    async def answer(self):
+        async with asyncio.timeout(20.0):
+            await self.reading
+        assert [token.cursor for token in self.tokens] == list(range(len(self.tokens)))
+        return [token.token_id for token in self.tokens]
+
+
+async def one_shot(fleet, prompt, **sampling):
+    return [token.token_id for token in await fleet.tokens(fleet.spec(prompt, **sampling))]
+
+
+@pytest.mark.parametrize("workers", CLUSTERS)
+async def test_a_context_in_pieces_has_the_answer_of_the_whole(tmp_path, roles, prompt_of, workers):
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        prompt = prompt_of(1, 50)
+        stream = Stream(fleet, prompt[:7])
+        for start in range(7, 49, 6):
+            await stream.computed()
+            stream.revise(prompt[start : start + 6])
+        stream.revise(prompt[49:], is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, prompt)
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize("workers", CLUSTERS)
+@pytest.mark.parametrize("keep", [0, 5, 8, 20])
+async def test_a_context_that_is_updated_has_the_answer_of_what_it_became(tmp_path, roles, prompt_of, workers, keep):
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        stream = Stream(fleet, prompt_of(1, 20))
+        await stream.computed()
+        stream.revise(prompt_of(2, 9), keep=keep)
+        await stream.computed()
+        stream.revise(is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize("workers", CLUSTERS)
+async def test_a_context_may_be_empty_until_it_is_closed(tmp_path, roles, prompt_of, workers):
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        stream = Stream(fleet)
+        await asyncio.sleep(0.05)
+        stream.revise(prompt_of(1, 9), is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, prompt_of(1, 9))
+        await fleet.at_rest()
+
+
+async def test_kv_is_with_the_decode_worker_before_the_context_is_closed(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        written = []
+        write = fleet.workers["p0"].connector.write
+
+        async def count(agent, local_ids, *rest):
+            written.append(len(local_ids))
+            await write(agent, local_ids, *rest)
+
+        fleet.workers["p0"].connector.write = count
+        stream = Stream(fleet, prompt_of(1, 41))
+        await fleet.until(lambda: sum(written) == 10, "not all full blocks pushed")
+        stream.revise(prompt_of(2, 3), is_closed=True)
+        answer, num_written = await stream.answer(), sum(written)
+        assert answer == await one_shot(fleet, stream.prompt)
+        assert num_written == 11
+        await fleet.at_rest()
+
+
+async def test_what_an_update_changes_is_pushed_again_and_nothing_else(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        written = []
+        write = fleet.workers["p0"].connector.write
+
+        async def count(agent, local_ids, *rest):
+            written.append(len(local_ids))
+            await write(agent, local_ids, *rest)
+
+        fleet.workers["p0"].connector.write = count
+        stream = Stream(fleet, prompt_of(1, 41))
+        await fleet.until(lambda: sum(written) == 10, "not all full blocks pushed")
+        stream.revise(prompt_of(2, 10), keep=18)
+        await fleet.until(lambda: sum(written) == 10 + 2, "the changed blocks are not pushed")
+        stream.revise(is_closed=True)
+        answer, num_written = await stream.answer(), sum(written)
+        assert answer == await one_shot(fleet, stream.prompt)
+        assert num_written == 10 + 2 + 1
+        await fleet.at_rest()
+
+
+async def test_only_what_arrived_last_is_computed_after_the_close(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        stream = Stream(fleet, prompt_of(1, 41), max_tokens=1)
+        await stream.computed()
+        before = fleet.workers["p0"].engine.stats().computed_tokens
+        stream.revise(prompt_of(2, 3), is_closed=True)
+        await stream.answer()
+        await fleet.at_rest()
+        assert fleet.workers["p0"].engine.stats().computed_tokens - before == 4
+
+
+async def test_an_update_into_what_a_decode_worker_shares_moves_it_to_other_blocks(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        prompt = prompt_of(1, 41)
+        wanted = await one_shot(fleet, prompt)
+        stream = Stream(fleet, prompt)
+        await stream.computed()
+        stream.revise(prompt_of(2, 9), keep=6)
+        await stream.computed()
+        stream.revise(is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        assert await one_shot(fleet, prompt) == wanted
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize(("workers", "victim"), [("p0 p1 d0 d1", "p"), ("p0 p1 d0 d1", "d"), ("h0 h1", "h")])
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_worker_that_dies_costs_a_context_nothing_but_time(
+    tmp_path, roles, prompt_of, workers, victim, is_closed
+):
+    async with open_fleet(tmp_path, roles(workers)) as fleet:
+        wanted = await one_shot(fleet, (*prompt_of(1, 30), *prompt_of(2, 13)), max_tokens=12)
+        streams = [Stream(fleet, prompt_of(1, 30), max_tokens=12) for _ in range(3)]
+        for stream in streams:
+            await stream.computed()
+            if is_closed:
+                stream.revise(prompt_of(2, 13), is_closed=True)
+        if is_closed:
+            await fleet.until(lambda: any(stream.tokens for stream in streams), "no token")
+        await fleet.workers.pop(f"{victim}0").kill()
+        if not is_closed:
+            for stream in streams:
+                stream.revise(prompt_of(2, 13), is_closed=True)
+        for stream in streams:
+            assert await stream.answer() == wanted
+        await fleet.at_rest()
+
+
+async def test_without_any_worker_a_context_waits_for_one(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        wanted = await one_shot(fleet, prompt_of(1, 30))
+        stream = Stream(fleet, prompt_of(1, 20))
+        await stream.computed()
+        await fleet.workers["h0"].kill()
+        stream.revise(prompt_of(1, 30)[20:])
+        await asyncio.sleep(0.3)
+        await fleet.revive("h0")
+        await stream.computed()
+        stream.revise(is_closed=True)
+        assert await stream.answer() == wanted
+        await fleet.at_rest()
+
+
+async def test_contexts_that_wait_give_their_blocks_to_those_who_ask(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0"), num_blocks=24) as fleet:
+        streams = [Stream(fleet, prompt_of(seed, 50)) for seed in range(3)]
+        await streams[0].computed()
+        for seed in range(5, 9):
+            await one_shot(fleet, prompt_of(seed, 30))
+        for stream in streams:
+            stream.revise((5,), is_closed=True)
+            assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+async def test_a_client_may_leave_at_any_time_and_nothing_is_held(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        for pause_ms in range(0, 60, 4):
+            stream = Stream(fleet, prompt_of(pause_ms, 30))
+            await asyncio.sleep(pause_ms / 1000)
+            if pause_ms % 8:
+                stream.revise(prompt_of(1, 9), keep=13, is_closed=pause_ms % 16 > 8)
+                await asyncio.sleep(0.01)
+            stream.reading.cancel()
+            await asyncio.wait([stream.reading])
+            await fleet.at_rest()
+
+
+async def test_the_deadline_ends_a_context_that_is_never_closed(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        stream = Stream(fleet, prompt_of(1, 30), timeout_s=0.3)
+        with pytest.raises(DeadlineExceeded):
+            await stream.answer()
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize(
+    "revisions",
+    [[(21, (), False)], [(0, (), True)], [(20, (), True), (20, (5,), False)]],
+    ids=["keeps too much", "closed empty", "after the close"],
+)
+async def test_a_revision_that_makes_no_sense_is_refused_and_changes_nothing(tmp_path, roles, prompt_of, revisions):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        stream = Stream(fleet, prompt_of(1, 20))
+        *good, (keep, tokens, is_closed) = revisions
+        for kept, added, closes in good:
+            stream.revise(added, kept, is_closed=closes)
+        with pytest.raises(InvalidRequest):
+            stream.run.revise(keep, tokens, is_closed=is_closed)
+        if not good:
+            stream.revise(is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, prompt_of(1, 20))
+        await fleet.at_rest()
+
+
+class Script:
+    """Streams that are fed, starved and robbed of their workers in random order."""
+
+    def __init__(self, fleet, prompt_of, seed):
+        self.fleet, self.prompt_of, self.random = fleet, prompt_of, random.Random(seed)
+        self.streams = [Stream(fleet, max_tokens=4) for _ in range(4)]
+        self.killed = []
+
+    def piece(self):
+        return self.prompt_of(self.random.choice([1, 2, 3]), self.random.randint(0, 20))
+
+    async def run(self, num_operations):
+        for _ in range(num_operations):
+            await self._do(self.random.choice(["append", "append", "update", "wait", "wait", "kill"]))
+        for stream in self.streams:
+            stream.revise(() if stream.prompt and self.random.random() < 0.5 else (5,), is_closed=True)
+            await asyncio.sleep(self.random.random() / 50)
+
+    async def _do(self, operation):
+        stream = self.random.choice(self.streams)
+        match operation:
+            case "append" if len(stream.prompt) < 60:
+                stream.revise(self.piece())
+            case "update":
+                stream.revise(self.piece(), keep=self.random.randint(0, len(stream.prompt)))
+            case "wait":
+                await asyncio.sleep(self.random.random() / 20)
+            case "kill" if self.random.random() < 0.2:
+                name = self.random.choice(list(self.fleet.workers))
+                await self.fleet.workers[name].kill()
+                await self.fleet.revive(name)
+
+
+@pytest.mark.parametrize("workers", ["p0 p1 d0 d1", "h0 h1", "p0 d0"])
+@pytest.mark.parametrize("seed", range(4))
+async def test_any_script_has_the_answers_of_its_final_prompts(tmp_path, roles, prompt_of, workers, seed):
+    async with open_fleet(tmp_path, roles(workers), num_blocks=40) as fleet:
+        script = Script(fleet, prompt_of, seed)
+        await script.run(40)
+        for stream in script.streams:
+            found = await stream.answer()
+            assert found == await one_shot(fleet, stream.prompt, max_tokens=4)
+        await fleet.at_rest()
