@@ -429,6 +429,16 @@ def test_a_lease_can_take_blocks_that_others_have_filled():
         ledger.share("a", [next(block for block in range(4) if block not in {mine, other})])
 
 
+def test_blocks_that_only_writers_are_on_besides_come_after_them():
+    ledger = BlockLedger(4)
+    blocks = ledger.lease("a", 3)
+    ledger.lease("b", 0, shared=blocks[:1])
+    ledger.hold("writer", blocks[:2])
+    ledger.hold("another", blocks[1:2])
+    assert ledger.exclusive("a") == {blocks[2]}
+    assert ledger.exclusive("a", after_writers=True) == {blocks[1], blocks[2]}
+
+
 def test_only_named_blocks_have_a_name():
     ledger = BlockLedger(4)
     first, second = ledger.lease("a", 2)

@@ -4,6 +4,7 @@ import copy
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from headrace.core.block import BlockHash, BlockId
 from headrace.core.eviction import NO_FACTS, BlockFacts, EvictionOrder, LeastRecentlyUsed
@@ -330,10 +331,18 @@ class BlockLedger:
             found.append(block)
         return tuple(found)
 
-    def exclusive(self, lease_id: str) -> frozenset[BlockId]:
-        """Return the blocks that the end of a lease makes available."""
+    def exclusive(self, lease_id: str, *, after_writers: bool = False) -> frozenset[BlockId]:
+        """Return the blocks that the end of a lease makes available.
+
+        Args:
+            lease_id: A lease that lives, or not.
+            after_writers: Whether blocks count that writers are on besides: they come when these have settled.
+        """
         lease = self._leases.get(lease_id)
-        return frozenset(block for block in lease.blocks if self._users[block] == 1) if lease else frozenset()
+        if lease is None:
+            return frozenset()
+        writers = Counter(chain.from_iterable(self._writers.values())) if after_writers else Counter()
+        return frozenset(block for block in lease.blocks if self._users[block] - writers[block] == 1)
 
     def has_name(self, block: BlockId) -> bool:
         """Return whether a block's content has a name: others may share it, nobody may change it."""

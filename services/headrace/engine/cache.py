@@ -106,9 +106,9 @@ class BlockCache:
         """Let go of blocks behind the known tokens."""
         self._shrink(sequence, blocks_for(len(sequence.tokens), self.block_tokens))
 
-    def exclusive(self, sequence: Sequence) -> frozenset[BlockId]:
-        """Return the blocks that a sequence's eviction makes available."""
-        return self.ledger.exclusive(sequence.lease_id)
+    def exclusive(self, sequence: Sequence, *, after_writers: bool = False) -> frozenset[BlockId]:
+        """Return the blocks that a sequence's eviction makes available; see `BlockLedger.exclusive`."""
+        return self.ledger.exclusive(sequence.lease_id, after_writers=after_writers)
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence's lease; its named blocks stay until they are needed."""

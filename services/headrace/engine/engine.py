@@ -34,6 +34,7 @@ from headrace.engine.messages import (
     Progress,
     Quarantine,
     ReleaseWriter,
+    Report,
     Revise,
     Sampled,
     Settle,
@@ -132,8 +133,8 @@ class Engine:
                 self._open(command)
             case Revise():
                 self._revise(command)
-            case Settle():
-                self._settle(command)
+            case Settle() | Report():
+                self._note_reader(command)
             case Begin():
                 self._begin(command)
             case StartEarly():
@@ -265,10 +266,14 @@ class Engine:
             else:
                 self._report_idle(sequence)
 
-    def _settle(self, command: Settle) -> None:
+    def _note_reader(self, command: Settle | Report) -> None:
         sequence = self._sequences.get(command.sequence_id)
-        if sequence is not None:
+        if sequence is None:
+            return
+        if isinstance(command, Settle):
             self._revisions.settle(sequence, command.num_progress)
+        elif sequence.has_begun and sequence.kv_length:
+            self._report(sequence)
 
     def _begin(self, command: Begin) -> None:
         sequence = self._sequences.get(command.sequence_id)

@@ -130,11 +130,19 @@ class Revise:
 class Settle:
     """No transfer reads the blocks that the last `num_progress` unsettled Progress events of a sequence told of.
 
-    An open sequence whose goal is the first token gives up its blocks only when all are settled.
+    An open sequence whose goal is the first token gives up its blocks only when all are settled; from then on they
+    may be anybody's.
     """
 
     sequence_id: SequenceId
     num_progress: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Ask for a Progress event of a sequence that has blocks; one that has none sends it when it has."""
+
+    sequence_id: SequenceId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +264,7 @@ EngineCommand: TypeAlias = (
     Open
     | Revise
     | Settle
+    | Report
     | Begin
     | StartEarly
     | Keep

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 from headrace.core.block import BlockId, blocks_for
 from headrace.core.plan import Phase, SchedulerView, SequenceView, StepPlan, WorkItem
@@ -127,6 +128,14 @@ def _leave_out(
     return kept
 
 
+class _Room(Enum):
+    """When there is room for a sequence."""
+
+    NOW = "now"
+    SOON = "soon"
+    NEVER = "never"
+
+
 @dataclass(slots=True, kw_only=True)
 class _Admission:
     """What an admission has decided so far.
@@ -173,22 +182,29 @@ def _admit(
     """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves.
 
     Whoever can share blocks that are on their way waits for them, and holds back nobody. An open sequence that has
-    stalled and lost its blocks asks for none before it hears of its prompt again.
+    stalled and lost its blocks asks for none before it hears of its prompt again. A held one that needs more blocks
+    gets them or gives up those that it has: it must not wait with blocks for which others wait.
     """
     coming = [sequence for sequence in ranked if sequence.is_running or sequence.is_held]
     found = _Admission(available=available, num_holding=len(coming) + view.num_done)
     # What the plan has given to a sequence for this step comes back with its blocks.
     regained = {each.sequence_id: _growth(each, size, view.block_tokens) for each, size in kept}
+    is_blocked = False
     for index, sequence in enumerate(ranked):
         is_placed = sequence.is_running or sequence.is_held
-        if not sequence.is_extending if is_placed else sequence.is_stalled:
+        if (not sequence.is_extending or sequence in found.displaced) if is_placed else sequence.is_stalled:
             continue
-        if not is_placed and any(_will_share(sequence, other) for other in coming):
+        if not is_placed and (is_blocked or any(_will_share(sequence, other) for other in coming)):
             continue
         behind = [each for each in ranked[index + 1 :] if _may_displace(each) and each not in found.displaced]
-        if not _make_room(sequence, behind, regained, found, view):
-            break
-        coming.append(sequence)
+        may_take = not is_blocked or not sequence.num_blocks_to_admit
+        room = _make_room(sequence, behind, regained, found, view) if may_take else _Room.NEVER
+        if room is _Room.NOW:
+            coming.append(sequence)
+        elif not sequence.is_extending:
+            is_blocked = True
+        elif room is _Room.NEVER:
+            found.displaced.append(sequence)
     return found
 
 
@@ -202,10 +218,11 @@ def _make_room(
     regained: dict[SequenceId, int],
     found: _Admission,
     view: SchedulerView,
-) -> bool:
-    """Displace as few as are needed, the worst-ranked first; False when there is no room for it in this step."""
-    num_places = found.num_holding + (0 if sequence.is_held else 1) - view.max_running
+) -> _Room:
+    """Displace as few as are needed, the worst-ranked first; nobody if that does not help."""
+    num_places = 0 if sequence.is_held else found.num_holding + 1 - view.max_running
     chosen: list[SequenceView] = []
+    asked: list[SequenceView] = []
     leaving, num_leaving = view.num_leaving_blocks, view.num_leaving
     while True:
         # What has to be freed: with it come blocks that are to be shared, which somebody has to take from the rest.
@@ -214,13 +231,16 @@ def _make_room(
         missing = cost - found.available - num_blocks
         if missing <= 0 and len(chosen) >= num_places:
             found.take(sequence, chosen, cost - num_blocks)
-            return True
-        if not behind or (missing <= leaving and len(chosen) + num_leaving >= num_places):
-            return False
+            return _Room.NOW
+        if missing <= leaving and len(chosen) + num_leaving >= num_places:
+            found.displaced.extend(asked)
+            return _Room.SOON
+        if not behind:
+            return _Room.NEVER
         victim = behind.pop()
         if victim.is_held:
-            # Its owner is told, and closes it: there may be room in a later step.
-            found.displaced.append(victim)
+            # Its owner is told, and closes it: then there is room.
+            asked.append(victim)
             leaving, num_leaving = leaving + victim.num_exclusive_blocks, num_leaving + 1
         else:
             chosen.append(victim)

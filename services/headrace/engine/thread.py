@@ -20,6 +20,7 @@ from headrace.engine.messages import (
     Open,
     Pin,
     Quarantine,
+    Report,
     Revise,
     StartEarly,
 )
@@ -32,7 +33,7 @@ MAX_QUEUED_COMMANDS = 4096
 
 MAX_WAIT_S = 3600.0
 
-_REFUSABLE = (Open, Revise, Begin, StartEarly, Keep, Pin, HoldWriter, Quarantine, ListHolders)
+_REFUSABLE = (Open, Revise, Report, Begin, StartEarly, Keep, Pin, HoldWriter, Quarantine, ListHolders)
 
 
 class EngineThread:

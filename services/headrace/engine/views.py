@@ -30,7 +30,7 @@ def scheduler_view(
         max_running=config.max_running,
         num_done=len(done),
         num_leaving=len(leaving),
-        num_leaving_blocks=sum(len(cache.exclusive(each)) for each in leaving),
+        num_leaving_blocks=sum(len(cache.exclusive(each, after_writers=True)) for each in leaving),
     )
 
 
@@ -94,7 +94,9 @@ class _Views:
         is_running = sequence.state is State.RUNNING or sequence.landing is not None
         can_evict = _can_evict(sequence)
         is_asked = can_evict and (self._is_tight or (sequence.is_open and self._has_waiting))
-        exclusive = self._cache.exclusive(sequence) if is_asked else frozenset()
+        # A peer writes into the blocks of a held one: it is told to stop when they are given up.
+        is_held = sequence.state is State.HELD
+        exclusive = self._cache.exclusive(sequence, after_writers=is_held) if is_asked else frozenset()
         size = self._cache.block_tokens
         missing = blocks_for(len(sequence.tokens), size) - len(sequence.blocks)
         # Blocks that may still change are nobody else's to wait for.
@@ -133,7 +135,8 @@ def _can_evict(sequence: Sequence) -> bool:
         return sequence.is_open and sequence.arrives_whole and sequence.landing is None
     if sequence.goal is Goal.ANSWER:
         return True
-    return sequence.is_open and not sequence.num_unsettled
+    # Prompts that came whole were given all their blocks; these wait for more while they are computed.
+    return sequence.is_streamed and not sequence.num_unsettled
 
 
 def _may_keep(sequence: Sequence) -> bool:

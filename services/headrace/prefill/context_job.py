@@ -139,16 +139,13 @@ class ContextJob:
         try:
             while not self._is_over:
                 self._changed.clear()
-                num_progress, progress = self._num_unsettled, self._progress
                 try:
-                    await self._push_some()
+                    await self._push_some(sequence)
                 except HeadraceError as error:
                     self._lose(error)
-                self._num_unsettled -= num_progress
-                if progress is not None and num_progress:
-                    self._settle(sequence, progress.block_ids, num_progress)
                 if await self._hand_over():
                     return
+                self._settle(sequence)
                 await self._changed.wait()
         except Exception:  # noqa: BLE001 a bug in one request must not end the worker's task group
             logger.exception("context not pushed", extra={"sequence_id": self._spec.sequence_id})
@@ -157,20 +154,38 @@ class ContextJob:
         finally:
             self._leave("the context is over")
 
-    def _settle(self, sequence: OpenSequence, blocks: tuple[BlockId, ...], num_progress: int) -> None:
-        """Let the engine reuse blocks once no write reads them: one that ran out of time may still."""
+    def _settle(self, sequence: OpenSequence) -> None:
+        """Let the engine take its blocks, if nothing of them is left to push.
+
+        A write that ran out of time may still read them: then not before that has settled.
+        """
+        progress, num_progress = self._progress, self._num_unsettled
+        if progress is None or self._is_whole(progress):
+            return
+        if self._wanted is not None and self._num_pushed < progress.num_computed // self._parts.block_tokens:
+            return
+        self._progress, self._num_unsettled = None, 0
 
         def settle() -> None:
             if not self._is_over:
                 sequence.settle(num_progress)
 
-        self._parts.connector.when_settled(blocks, settle)
+        self._parts.connector.when_settled(progress.block_ids, settle)
 
-    async def _push_some(self) -> None:
+    def _is_whole(self, progress: Progress) -> bool:
+        """Return whether the closed prompt is computed: what is left is the hand-over, which needs its last block."""
+        prompt = self._prompt
+        is_current = prompt.is_closed and progress.version == prompt.version
+        return is_current and progress.num_computed == len(prompt.tokens)
+
+    async def _push_some(self, sequence: OpenSequence) -> None:
         """Push what is complete, if the target has blocks for this version of the prompt."""
         if self._wanted is not self._begun:
             self._leave("another target")
             await self._begin()
+            if self._progress is None:
+                # What was told before may be anybody's by now.
+                sequence.report()
         while self._begun is not None and self._begun is self._wanted and not self._is_over:
             push = self._next_push(self._begun)
             if push is None:

@@ -23,6 +23,7 @@ from headrace.engine.messages import (
     Pin,
     Quarantine,
     ReleaseWriter,
+    Report,
     Revise,
     Settle,
     Unpin,
@@ -129,6 +130,10 @@ class OpenSequence:
     def settle(self, num_progress: int) -> None:
         """Say that nothing reads the blocks of so many more progress events; see `engine.messages.Settle`."""
         self._engine.send(Settle(sequence_id=self.spec.sequence_id, num_progress=num_progress))
+
+    def report(self) -> None:
+        """Ask for progress; see `engine.messages.Report`."""
+        self._engine.send(Report(sequence_id=self.spec.sequence_id))
 
     async def events(self) -> list[EngineEvent]:
         """Wait for the next events; raises what the engine failed the sequence with."""
