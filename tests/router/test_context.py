@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 import pytest
 
+from headrace.core.request import ContextProgress
 from headrace.errors import DeadlineExceeded, InvalidRequest
-from headrace.router.context_attempt import ContextProgress
 from headrace.testing.fleet import open_fleet
 
 CLUSTERS = ["h0", "p0 d0", "p0 p1 d0 d1", "p0", "d0"]
@@ -17,7 +17,7 @@ class Stream:
     """A context that is fed by a test, and its answer."""
 
     def __init__(self, fleet, prompt=(), **sampling):
-        self.fleet, self.prompt = fleet, tuple(prompt)
+        self.fleet, self.prompt, self.version = fleet, tuple(prompt), 0
         self.run = fleet.context(fleet.spec(prompt, **sampling))
         self.tokens, self.progress = [], []
         self.reading = asyncio.ensure_future(self._read())
@@ -33,11 +33,13 @@ class Stream:
     def revise(self, tokens=(), keep=None, **how):
         keep = len(self.prompt) if keep is None else keep
         self.prompt = (*self.prompt[:keep], *tokens)
+        self.version += 1
         self.run.revise(keep, tuple(tokens), **how)
 
     async def computed(self):
         """Wait until all that may be computed is."""
-        wanted = ContextProgress(num_computed=max(0, len(self.prompt) - 1), num_tokens=len(self.prompt))
+        num_tokens = len(self.prompt)
+        wanted = ContextProgress(version=self.version, num_computed=max(0, num_tokens - 1), num_tokens=num_tokens)
         if wanted.num_computed:
             await self.fleet.until(lambda: wanted in self.progress or self.reading.done(), f"not computed: {wanted}")
             assert not self.reading.done(), self.reading.result()

@@ -132,6 +132,21 @@ class Revision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ContextProgress:
+    """How far a version of a prompt that still arrives is computed.
+
+    Attributes:
+        version: Of the prompt.
+        num_computed: Leading tokens whose KV is present.
+        num_tokens: Tokens of the version.
+    """
+
+    version: int
+    num_computed: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
     """One generated token.
 

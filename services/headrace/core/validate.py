@@ -94,7 +94,7 @@ class RequestDraft:
 
 
 def build_request(
-    draft: RequestDraft, limits: RequestLimits, tenancy: Tenancy, *, now_unix_ms: int
+    draft: RequestDraft, limits: RequestLimits, tenancy: Tenancy, *, now_unix_ms: int, is_open: bool = False
 ) -> GenerationRequest:
     """Return the checked request of a draft.
 
@@ -103,6 +103,7 @@ def build_request(
         limits: What it may ask for.
         tenancy: Turns tenant, scope and salt into the key of its blocks.
         now_unix_ms: Clock time from which the timeout runs.
+        is_open: Whether the prompt still arrives: it may be empty.
 
     Raises:
         InvalidRequest: a value is out of range; names the field as the client calls it, the
@@ -112,6 +113,8 @@ def build_request(
     if _REQUEST_ID.fullmatch(draft.request_id) is None:
         check.refuse("request_id", "1 to 128 characters of A-Z a-z 0-9 . _ : / + = @ -", "another text")
     prompt = check.tokens("prompt", draft.prompt, limits.vocab_size)
+    if not draft.prompt and not is_open:
+        check.refuse("prompt", "at least 1 token", "0 tokens")
     max_tokens = _max_tokens(draft, limits, check)
     stop = _stop(draft, limits, check)
     timeout_s = check.positive("timeout", draft.timeout_s, limits.default_timeout_s, limits.max_timeout_s)
@@ -173,23 +176,29 @@ class _Checker:
 
 def _max_tokens(draft: RequestDraft, limits: RequestLimits, check: _Checker) -> int:
     num_prompt, context = len(draft.prompt), limits.max_context_tokens
-    if num_prompt == 0:
-        check.refuse("prompt", "at least 1 token", "0 tokens")
     check_prompt_length(num_prompt, limits, name=draft.names.get("prompt", "prompt"))
     room = context - num_prompt
     if draft.max_tokens is None:
         return room if draft.default_max_tokens is None else min(room, draft.default_max_tokens)
     if draft.max_tokens < 1:
         check.refuse("max_tokens", "at least 1", draft.max_tokens)
-    if draft.max_tokens > room:
-        name = draft.names.get("max_tokens", "max_tokens")
-        raise InvalidRequest(
-            f"prompt of {num_prompt} tokens and {name} of {draft.max_tokens} make {num_prompt + draft.max_tokens} "
-            f"tokens; the context of {limits.model} holds {context}",
-            field=name,
-            limit=f"{context} tokens of prompt and answer together",
-        )
+    check_room(num_prompt, draft.max_tokens, limits, name=draft.names.get("max_tokens", "max_tokens"))
     return draft.max_tokens
+
+
+def check_room(num_prompt: int, max_tokens: int, limits: RequestLimits, *, name: str = "max_tokens") -> None:
+    """Refuse an answer that does not fit behind its prompt.
+
+    Raises:
+        InvalidRequest: prompt and answer together are longer than the context.
+    """
+    if num_prompt + max_tokens > limits.max_context_tokens:
+        raise InvalidRequest(
+            f"prompt of {num_prompt} tokens and {name} of {max_tokens} make {num_prompt + max_tokens} "
+            f"tokens; the context of {limits.model} holds {limits.max_context_tokens}",
+            field=name,
+            limit=f"{limits.max_context_tokens} tokens of prompt and answer together",
+        )
 
 
 def check_prompt_length(num_tokens: int, limits: RequestLimits, *, name: str = "prompt") -> None:

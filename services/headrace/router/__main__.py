@@ -34,7 +34,7 @@ from headrace.v1 import cluster_pb2_grpc, index_pb2_grpc, router_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-GENERATE = "/headrace.v1.RouterService/Generate"
+NEW_WORK = ("/headrace.v1.RouterService/Generate", "/headrace.v1.RouterService/GenerateContext")
 DRAIN_S = 10.0
 DATE_INTERVAL_S = 1.0
 
@@ -83,7 +83,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         live = LiveRequests(config, parts, text, clock, metrics)
         table.on_meet = live.meet
         member = RouterMember(config, secrets.token_hex(8), live, table, lifecycle)
-        server = GrpcServer(config.name, config.host, config.grpc_port, new_work=(GENERATE,))
+        server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)

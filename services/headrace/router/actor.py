@@ -2,14 +2,25 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from headrace.clock import Clock
-from headrace.core.request import GenerationRequest, Piece, SamplingParams, SequenceId, SequenceSpec, Usage
+from headrace.core.request import (
+    ContextProgress,
+    GenerationRequest,
+    Piece,
+    Revision,
+    SamplingParams,
+    SequenceId,
+    SequenceSpec,
+    Usage,
+)
 from headrace.errors import DeadlineExceeded, Draining, HeadraceError, InternalError, NotReady, Saturated, UnknownModel
 from headrace.router.answer import ChoiceText
 from headrace.router.config import RouterConfig
+from headrace.router.context import ContextRun
+from headrace.router.context_answer import ContextAnswer
 from headrace.router.frontend import ServedModel
 from headrace.router.policy import retry_after_s
 from headrace.router.sequence import SequenceParts, SequenceRun
@@ -47,6 +58,7 @@ class LiveRequests:
         self._served: ServedModel | None = None
         self._block_tokens = 0
         self._num_live = 0
+        self._num_contexts = 0
         self._mean_request_s = _FIRST_MEAN_REQUEST_S
         self._last_token_s: float | None = None
         self._started_members: set[str] = set()
@@ -89,6 +101,33 @@ class LiveRequests:
         if self._not_ready is None and not self._parts.table.usable():
             return "no worker is connected and ready"
         return self._not_ready
+
+    async def submit_context(
+        self, request: GenerationRequest, num_final: int, revisions: AsyncIterator[Revision]
+    ) -> AsyncGenerator[Piece | ContextProgress, None]:
+        """Generate from a prompt that still arrives; closing the generator stops all work of the request."""
+        self._admit_context()
+        model = self.model(request.model)
+        run = ContextRun(self._parts, _spec(request, model, 0), model.fingerprint, self._block_tokens, num_final)
+        answer = ContextAnswer(run, ChoiceText(0, model.text, request.stop), self._parts.tasks, self._metrics)
+        try:
+            async with aclosing(answer.events(revisions)) as events:
+                async for event in events:
+                    if isinstance(event, Piece):
+                        self._last_token_s = self._clock.now()
+                    yield event
+        finally:
+            self._num_contexts -= 1
+
+    def _admit_context(self) -> None:
+        limit = self._config.max_contexts
+        if self.is_draining:
+            self._metrics.refuse(Draining.code)
+            raise Draining("this router is leaving: retry elsewhere", retry_after_s=1.0)
+        if self._num_contexts >= limit:
+            self._metrics.refuse(Saturated.code)
+            raise Saturated(f"{self._num_contexts} contexts are open", limit=str(limit), retry_after_s=1.0)
+        self._num_contexts += 1
 
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate; closing the generator stops all work of the request."""
@@ -162,18 +201,8 @@ class LiveRequests:
         self, request: GenerationRequest, choice: int, arrived: "asyncio.Queue[tuple[Piece, int] | HeadraceError]"
     ) -> None:
         model = self.model(request.model)
-        spec = SequenceSpec(
-            sequence_id=SequenceId(f"{request.request_id}-{choice}"),
-            model=model.name,
-            prompt=request.prompt,
-            sampling=request.sampling,
-            choice=choice,
-            deadline_unix_ms=request.deadline_unix_ms,
-            cache_key=request.cache_key,
-            tenant=request.tenant,
-        )
         text = ChoiceText(choice, model.text, request.stop)
-        run = SequenceRun(self._parts, spec, model.fingerprint, self._block_tokens)
+        run = SequenceRun(self._parts, _spec(request, model, choice), model.fingerprint, self._block_tokens)
         async with aclosing(run.batches()) as batches:
             async for batch in batches:
                 piece = text.push(batch.tokens)
@@ -229,6 +258,19 @@ class LiveRequests:
         except HeadraceError as error:
             return f"the canary token failed: {error.code}: {error.message}"
         return None
+
+
+def _spec(request: GenerationRequest, model: ServedModel, choice: int) -> SequenceSpec:
+    return SequenceSpec(
+        sequence_id=SequenceId(f"{request.request_id}-{choice}"),
+        model=model.name,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        choice=choice,
+        deadline_unix_ms=request.deadline_unix_ms,
+        cache_key=request.cache_key,
+        tenant=request.tenant,
+    )
 
 
 def _with_usage(piece: Piece, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Piece:

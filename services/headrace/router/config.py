@@ -29,6 +29,7 @@ class RouterConfig:
         model_name: What requests call the model; None takes the name of the file or folder.
         cache_dir: Where parsed tokenizers are kept; None parses at every start.
         max_live_requests: Admission bound: further requests get 503 with a time to retry.
+        max_contexts: Most contexts that may arrive, or be answered, at a time.
         default_timeout_s: Deadline of a request that names none.
         max_timeout_s: Longest deadline a request may name.
         max_moves: How often a request may move to other workers after failures.
@@ -57,6 +58,7 @@ class RouterConfig:
     model_name: str | None = None
     cache_dir: Path | None = None
     max_live_requests: Count = 256
+    max_contexts: Count = 256
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
     max_moves: int = 3

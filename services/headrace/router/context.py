@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from headrace.core.block import block_hashes, root_hash
-from headrace.core.request import SequenceId, SequenceSpec
+from headrace.core.request import ContextProgress, SequenceId, SequenceSpec
 from headrace.errors import InvalidRequest, NotReady, PeerMismatch
-from headrace.router.context_attempt import ContextAttempt, ContextEvent, ContextProgress
+from headrace.router.context_attempt import ContextAttempt, ContextEvent
 from headrace.router.policy import Route, RouteInput, choose_route
 from headrace.router.prefixes import NOTHING_CACHED, Cached
 from headrace.router.sequence import FULL, MOVABLE, SequenceParts, SequenceRun, TokenBatch
@@ -48,6 +48,7 @@ class ContextRun:
         self._tokens = list(spec.prompt)
         self._output: list[int] = []
         self._num_final = num_final
+        self._version = 0
         self._is_closed = False
         self._changed = asyncio.Event()
         self._excluded: set[str] = set()
@@ -78,10 +79,16 @@ class ContextRun:
             )
         del self._tokens[num_kept:]
         self._tokens.extend(tokens)
+        self._version += 1
         self._num_final, self._is_closed = num_final, is_closed
         if self._attempt is not None:
             self._attempt.revise(num_kept, tokens, num_final, is_closed=is_closed)
         self._changed.set()
+
+    async def room(self) -> None:
+        """Wait until workers have read most revisions: one that is slow must not make them pile up here."""
+        if self._attempt is not None:
+            await self._attempt.room()
 
     async def events(self) -> AsyncGenerator[ContextEvent, None]:
         """Yield how far the prompt is computed, and the answer's tokens once it is closed, each exactly once.
@@ -140,7 +147,7 @@ class ContextRun:
             raise NotReady("it was closed before anybody had it")
         name = SequenceId(f"{self._spec.sequence_id}.{secrets.token_hex(4)}")
         spec = dataclasses.replace(self._spec, sequence_id=name, prompt=tuple(self._tokens), sources=cached.sources)
-        attempt = ContextAttempt(self._parts, spec, self._num_final, self._choose_without)
+        attempt = ContextAttempt(self._parts, spec, self._num_final, self._version, self._choose_without)
         self._attempt = attempt
         try:
             async with aclosing(attempt.run(self._choose(spec, cached))) as events:

@@ -6,10 +6,9 @@ import itertools
 import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
-from headrace.core.request import Revision, SequenceId, SequenceSpec
+from headrace.core.request import ContextProgress, Revision, SequenceId, SequenceSpec
 from headrace.core.wire import revision_to_proto, spec_to_proto
 from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError, NotReady, PeerFailed
 from headrace.router.policy import Route
@@ -23,39 +22,46 @@ logger = logging.getLogger(__name__)
 REOPEN_PAUSE_S = 0.2
 """Before another decode worker is asked for blocks: they are filled while the context arrives, which has time."""
 
+MAX_UNSENT = 16
+"""Requests that wait for a worker to read; more make whoever revises the context wait."""
+
 RequestT = TypeVar("RequestT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContextProgress:
-    """How far a context is computed.
-
-    Attributes:
-        num_computed: Leading tokens whose KV is present.
-        num_tokens: Tokens known.
-    """
-
-    num_computed: int
-    num_tokens: int
 
 
 ContextEvent: TypeAlias = ContextProgress | TokenBatch
 
 
 class _Leg(Generic[RequestT]):
-    """The stream to one worker: what is sent there, and the version of the context that it was opened with."""
+    """The stream to one worker.
+
+    Attributes:
+        version: Of the context that it was opened with.
+        has_room: Set while few requests wait to be sent, and when it is over.
+    """
 
     def __init__(self, opening: RequestT, version: int) -> None:
         self.version = version
+        self.has_room = asyncio.Event()
         self._queue: asyncio.Queue[RequestT] = asyncio.Queue()
-        # Without bound: whoever revises a context bounds its tokens.
-        self.send = self._queue.put_nowait
         self.send(opening)
+
+    def send(self, request: RequestT) -> None:
+        """Queue a request; whoever has many waits for room before each."""
+        self._queue.put_nowait(request)
+        self._look()
 
     async def requests(self) -> AsyncIterator[RequestT]:
         """Yield what is to be sent, without end."""
         while True:
-            yield await self._queue.get()
+            request = await self._queue.get()
+            self._look()
+            yield request
+
+    def _look(self) -> None:
+        if self._queue.qsize() < MAX_UNSENT:
+            self.has_room.set()
+        else:
+            self.has_room.clear()
 
 
 class ContextAttempt:
@@ -68,18 +74,24 @@ class ContextAttempt:
         parts: What all sequences share.
         spec: The sequence with what is known of its prompt.
         num_final: Leading tokens of it that stay.
+        version: Of the context.
         choose: Returns a route without a worker that has failed.
     """
 
     def __init__(
-        self, parts: SequenceParts, spec: SequenceSpec, num_final: int, choose: Callable[[SequenceSpec, str], Route]
+        self,
+        parts: SequenceParts,
+        spec: SequenceSpec,
+        num_final: int,
+        version: int,
+        choose: Callable[[SequenceSpec, str], Route],
     ) -> None:
         self._parts = parts
         self._spec = spec
         self._choose = choose
         self._tokens = list(spec.prompt)
         self._num_final = num_final
-        self._version = 0
+        self._version = version
         self._closed = asyncio.Event()
         self._names = itertools.count()
         self._events: asyncio.Queue[ContextEvent | HeadraceError] = asyncio.Queue()
@@ -103,6 +115,12 @@ class ContextAttempt:
             self._decode.send(decode_pb2.DecodeContextRequest(revision=_at(revision, self._decode.version)))
         if is_closed:
             self._closed.set()
+
+    async def room(self) -> None:
+        """Wait until the workers have read most of what was sent to them."""
+        for leg in (self._prefill, self._decode):
+            if leg is not None:
+                await leg.has_room.wait()
 
     async def run(self, route: Route) -> AsyncGenerator[ContextEvent, None]:
         """Yield progress and tokens until closed.
@@ -140,7 +158,9 @@ class ContextAttempt:
     async def _run_prefill(self, name: str) -> None:
         worker, spec = self._parts.table.by_name(name), self._known(self._spec.sequence_id)
         opening = prefill_pb2.PrefillContextRequest(open=spec_to_proto(spec), final_tokens=self._num_final)
-        leg = self._prefill = _Leg(opening, self._version)
+        leg = self._prefill = _Leg(opening, self._opened_version())
+        if self._closed.is_set():
+            leg.send(prefill_pb2.PrefillContextRequest(revision=_at(self._closing(), leg.version)))
         stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
         self._parts.table.reserve(name, spec.sequence_id, len(spec.tokens))
         call = stub.PrefillContext(leg.requests(), timeout=self._remaining_s())
@@ -160,6 +180,7 @@ class ContextAttempt:
             raise self._failure(worker, error) from None
         finally:
             call.cancel()
+            leg.has_room.set()
             self._prefill = None
             self._parts.table.release(name, spec.sequence_id)
 
@@ -197,7 +218,9 @@ class ContextAttempt:
         mode = decode_pb2.PREFILL_MODE_LOCAL if is_local else decode_pb2.PREFILL_MODE_REMOTE
         request = decode_pb2.DecodeRequest(sequence=spec_to_proto(spec), mode=mode)
         opening = decode_pb2.DecodeContextRequest(open=request, final_tokens=self._num_final)
-        leg = self._decode = _Leg(opening, self._version)
+        leg = self._decode = _Leg(opening, self._opened_version())
+        if self._closed.is_set():
+            leg.send(decode_pb2.DecodeContextRequest(revision=_at(self._closing(), leg.version)))
         writer_id = secrets.token_hex(16)
         stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(worker.address))
         self._parts.table.reserve(worker.name, spec.sequence_id, len(spec.tokens) if is_local else 0)
@@ -217,6 +240,7 @@ class ContextAttempt:
             raise PeerFailed(f"{worker.name} ended its stream before the answer was complete", worker=worker.address)
         finally:
             call.cancel()
+            leg.has_room.set()
             self._decode = None
             self._parts.table.release(worker.name, spec.sequence_id)
 
@@ -233,10 +257,20 @@ class ContextAttempt:
     def _known(self, name: SequenceId) -> SequenceSpec:
         return dataclasses.replace(self._spec, sequence_id=name, prompt=tuple(self._tokens))
 
+    def _opened_version(self) -> int:
+        """Return the version that a stream is opened with: a close is a revision of its own."""
+        return self._version - self._closed.is_set()
+
+    def _closing(self) -> Revision:
+        """Return the revision that closes what a stream was opened with."""
+        return Revision(version=self._version, num_kept=len(self._tokens), is_closed=True)
+
     def _note(self, progress: generate_pb2.ContextProgress, version: int) -> None:
         if progress.version + version == self._version:
-            num_tokens = len(self._tokens)
-            self._events.put_nowait(ContextProgress(num_computed=progress.computed_tokens, num_tokens=num_tokens))
+            event = ContextProgress(
+                version=self._version, num_computed=progress.computed_tokens, num_tokens=len(self._tokens)
+            )
+            self._events.put_nowait(event)
 
     def _failure(self, worker: Worker, error: HeadraceError) -> HeadraceError:
         """Return why a stream failed, and take note of a worker that is to be avoided."""

@@ -1,10 +1,10 @@
 """What the HTTP and gRPC servers ask of the router; they translate and decide nothing."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from headrace.core.request import GenerationRequest, Piece
+from headrace.core.request import ContextProgress, GenerationRequest, Piece, Revision
 from headrace.core.validate import RequestLimits
 from headrace.text.model import TextModel
 
@@ -54,6 +54,21 @@ class Frontend(Protocol):
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate. Closing the iterator (or cancelling its task) stops all work of the request.
+
+        Raises (from the first step of the iterator):
+            InvalidRequest, Saturated, DeadlineExceeded, PeerFailed, InternalError.
+        """
+        ...
+
+    def submit_context(
+        self, request: GenerationRequest, num_final: int, revisions: AsyncIterator[Revision]
+    ) -> AsyncGenerator[Piece | ContextProgress, None]:
+        """Generate from a prompt that still arrives. Closing the iterator stops all its work.
+
+        Args:
+            request: One choice; its prompt may be empty.
+            num_final: Leading tokens of it that stay.
+            revisions: What becomes of the prompt; the last one closes it. Errors that it raises end the request.
 
         Raises (from the first step of the iterator):
             InvalidRequest, Saturated, DeadlineExceeded, PeerFailed, InternalError.

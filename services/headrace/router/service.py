@@ -1,20 +1,22 @@
 """RouterService on the wire: translates and decides nothing."""
 
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 
 import grpc.aio
 
 from headrace.clock import Clock
+from headrace.core.request import ContextProgress
 from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
 from headrace.core.wire import piece_to_proto
 from headrace.errors import InvalidRequest
+from headrace.router.arriving import ArrivingContext
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
 from headrace.router.tokens import detokenize, off_loop, refuse_long_text
-from headrace.v1 import router_pb2, router_pb2_grpc
+from headrace.v1 import generate_pb2, router_pb2, router_pb2_grpc
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -54,6 +56,38 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             async for piece in pieces:
                 yield piece_to_proto(piece, checked.request_id, name)
                 name = ""
+
+    async def GenerateContext(
+        self,
+        request_iterator: AsyncIterator[router_pb2.GenerateContextRequest],
+        context: "grpc.aio.ServicerContext[object, object]",
+    ) -> AsyncGenerator[router_pb2.GenerateContextResponse, None]:
+        """Take a prompt in revisions and stream its answer; cancelling the call stops all its work."""
+        first = await anext(request_iterator, None)
+        if first is None or not first.HasField("open"):
+            raise InvalidRequest("the first request of a context opens it, the others do not", field="open")
+        opening = first.open
+        self._refuse_large(opening.ByteSize())
+        model = self._frontend.model(opening.model)
+        limits, prompt = self._limits(model), list(opening.tokens.token_ids)
+        if opening.WhichOneof("prompt") not in {None, "tokens"} or opening.num_choices > 1:
+            raise InvalidRequest("a context has one answer and is opened with tokens, or nothing", field="open")
+        draft = self._draft(opening, prompt, _tenant(context), context.time_remaining())
+        now_unix_ms = self._clock.unix_ms()
+        checked = build_request(draft, limits, self._config.tenancy(), now_unix_ms=now_unix_ms, is_open=True)
+        arriving = ArrivingContext(limits, num_tokens=len(prompt), max_tokens=opening.sampling.max_tokens)
+        num_final = arriving.check_final(first.final_tokens)
+        revisions = arriving.revisions(request_iterator, self._refuse_large)
+        async with aclosing(self._frontend.submit_context(checked, num_final, revisions)) as events:
+            name = model.name
+            async for event in events:
+                if isinstance(event, ContextProgress):
+                    progress = generate_pb2.ContextProgress(version=event.version, computed_tokens=event.num_computed)
+                    yield router_pb2.GenerateContextResponse(progress=progress)
+                else:
+                    piece = piece_to_proto(event, checked.request_id, name)
+                    yield router_pb2.GenerateContextResponse(piece=piece)
+                    name = ""
 
     async def Tokenize(
         self, request: router_pb2.TokenizeRequest, context: "grpc.aio.ServicerContext[object, object]"

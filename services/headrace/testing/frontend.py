@@ -1,10 +1,21 @@
 """A frontend that plays a script instead of serving a model."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing
 from typing import TypeAlias
 
-from headrace.core.request import FinishReason, GenerationRequest, Piece, RequestId, Token, Usage
+from headrace.core.request import (
+    ContextProgress,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    RequestId,
+    Revision,
+    Token,
+    Usage,
+)
 from headrace.errors import HeadraceError, NotReady, UnknownModel
 from headrace.router.frontend import ServedModel
 
@@ -79,6 +90,21 @@ class ScriptedFrontend:
         finally:
             self.ended.append(request.request_id)
             self._notify()
+
+    async def submit_context(
+        self, request: GenerationRequest, num_final: int, revisions: AsyncIterator[Revision]
+    ) -> AsyncGenerator[Piece | ContextProgress, None]:
+        """Take all revisions, tell of progress after each, then play the script."""
+        tokens = list(request.prompt)
+        async for revision in revisions:
+            tokens[revision.num_kept :] = revision.tokens
+            if revision.is_closed:
+                break
+            num_computed = max(0, len(tokens) - 1)
+            yield ContextProgress(version=revision.version, num_computed=num_computed, num_tokens=len(tokens))
+        async with aclosing(self.submit(dataclasses.replace(request, prompt=tuple(tokens)))) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def not_ready_reason(self) -> str | None:
         """Return `reason`."""

@@ -26,7 +26,7 @@ from headrace.v1 import cluster_pb2 as headrace_dot_v1_dot_cluster__pb2
 from headrace.v1 import generate_pb2 as headrace_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/router.proto\x12\x0bheadrace.v1\x1a\x19headrace/v1/cluster.proto\x1a\x1aheadrace/v1/generate.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headrace.v1.ChatMessage\"$\n\x0bTokenPrompt\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\"\x9e\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.headrace.v1.TokenPromptH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x63\x61\x63he_scope\x18\n \x01(\tB\x08\n\x06prompt\"\xe0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.UsageH\x00\x88\x01\x01\x12\r\n\x05model\x18\x07 \x01(\tB\x08\n\x06_usage\"b\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x42\x07\n\x05input\"E\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\"9\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelCard\"J\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x13\n\x11GetClusterRequest\"A\n\x12GetClusterResponse\x12+\n\x07members\x18\x01 \x03(\x0b\x32\x1a.headrace.v1.ClusterMember\"\x8c\x01\n\rClusterMember\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cis_connected\x18\x04 \x01(\x08\x12%\n\x04load\x18\x05 \x01(\x0b\x32\x17.headrace.v1.LoadReport2\x90\x03\n\rRouterService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.headrace.v1.TokenizeRequest\x1a\x1d.headrace.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headrace.v1.DetokenizeRequest\x1a\x1f.headrace.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponse\x12M\n\nGetCluster\x12\x1e.headrace.v1.GetClusterRequest\x1a\x1f.headrace.v1.GetClusterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18headrace/v1/router.proto\x12\x0bheadrace.v1\x1a\x19headrace/v1/cluster.proto\x1a\x1aheadrace/v1/generate.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.headrace.v1.ChatMessage\"$\n\x0bTokenPrompt\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\"\x9e\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\x06tokens\x18\x03 \x01(\x0b\x32\x18.headrace.v1.TokenPromptH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.headrace.v1.SamplingParams\x12\x13\n\x0bnum_choices\x18\x06 \x01(\r\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x63\x61\x63he_scope\x18\n \x01(\tB\x08\n\x06prompt\"\xe0\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\'\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x17.headrace.v1.TokenEvent\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.headrace.v1.FinishReason\x12&\n\x05usage\x18\x06 \x01(\x0b\x32\x12.headrace.v1.UsageH\x00\x88\x01\x01\x12\r\n\x05model\x18\x07 \x01(\tB\x08\n\x06_usage\"\x99\x01\n\x16GenerateContextRequest\x12,\n\x04open\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.GenerateRequestH\x00\x12\x30\n\x08revision\x18\x02 \x01(\x0b\x32\x1c.headrace.v1.ContextRevisionH\x00\x12\x14\n\x0c\x66inal_tokens\x18\x03 \x01(\rB\t\n\x07request\"\x84\x01\n\x17GenerateContextResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.ContextProgressH\x00\x12.\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.headrace.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\"b\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x17.headrace.v1.ChatPromptH\x00\x42\x07\n\x05input\"E\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\"9\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.headrace.v1.ModelCard\"J\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x02 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"\x13\n\x11GetClusterRequest\"A\n\x12GetClusterResponse\x12+\n\x07members\x18\x01 \x03(\x0b\x32\x1a.headrace.v1.ClusterMember\"\x8c\x01\n\rClusterMember\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1f\n\x04role\x18\x02 \x01(\x0e\x32\x11.headrace.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0cis_connected\x18\x04 \x01(\x08\x12%\n\x04load\x18\x05 \x01(\x0b\x32\x17.headrace.v1.LoadReport2\xf2\x03\n\rRouterService\x12I\n\x08Generate\x12\x1c.headrace.v1.GenerateRequest\x1a\x1d.headrace.v1.GenerateResponse0\x01\x12`\n\x0fGenerateContext\x12#.headrace.v1.GenerateContextRequest\x1a$.headrace.v1.GenerateContextResponse(\x01\x30\x01\x12G\n\x08Tokenize\x12\x1c.headrace.v1.TokenizeRequest\x1a\x1d.headrace.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.headrace.v1.DetokenizeRequest\x1a\x1f.headrace.v1.DetokenizeResponse\x12M\n\nListModels\x12\x1e.headrace.v1.ListModelsRequest\x1a\x1f.headrace.v1.ListModelsResponse\x12M\n\nGetCluster\x12\x1e.headrace.v1.GetClusterRequest\x1a\x1f.headrace.v1.GetClusterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,26 +49,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=525
   _globals['_GENERATERESPONSE']._serialized_start=528
   _globals['_GENERATERESPONSE']._serialized_end=752
-  _globals['_TOKENIZEREQUEST']._serialized_start=754
-  _globals['_TOKENIZEREQUEST']._serialized_end=852
-  _globals['_TOKENIZERESPONSE']._serialized_start=854
-  _globals['_TOKENIZERESPONSE']._serialized_end=923
-  _globals['_DETOKENIZEREQUEST']._serialized_start=925
-  _globals['_DETOKENIZEREQUEST']._serialized_end=982
-  _globals['_DETOKENIZERESPONSE']._serialized_start=984
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1018
-  _globals['_LISTMODELSREQUEST']._serialized_start=1020
-  _globals['_LISTMODELSREQUEST']._serialized_end=1039
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1041
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1101
-  _globals['_MODELCARD']._serialized_start=1103
-  _globals['_MODELCARD']._serialized_end=1177
-  _globals['_GETCLUSTERREQUEST']._serialized_start=1179
-  _globals['_GETCLUSTERREQUEST']._serialized_end=1198
-  _globals['_GETCLUSTERRESPONSE']._serialized_start=1200
-  _globals['_GETCLUSTERRESPONSE']._serialized_end=1265
-  _globals['_CLUSTERMEMBER']._serialized_start=1268
-  _globals['_CLUSTERMEMBER']._serialized_end=1408
-  _globals['_ROUTERSERVICE']._serialized_start=1411
-  _globals['_ROUTERSERVICE']._serialized_end=1811
+  _globals['_GENERATECONTEXTREQUEST']._serialized_start=755
+  _globals['_GENERATECONTEXTREQUEST']._serialized_end=908
+  _globals['_GENERATECONTEXTRESPONSE']._serialized_start=911
+  _globals['_GENERATECONTEXTRESPONSE']._serialized_end=1043
+  _globals['_TOKENIZEREQUEST']._serialized_start=1045
+  _globals['_TOKENIZEREQUEST']._serialized_end=1143
+  _globals['_TOKENIZERESPONSE']._serialized_start=1145
+  _globals['_TOKENIZERESPONSE']._serialized_end=1214
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1216
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1273
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1275
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1309
+  _globals['_LISTMODELSREQUEST']._serialized_start=1311
+  _globals['_LISTMODELSREQUEST']._serialized_end=1330
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1332
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1392
+  _globals['_MODELCARD']._serialized_start=1394
+  _globals['_MODELCARD']._serialized_end=1468
+  _globals['_GETCLUSTERREQUEST']._serialized_start=1470
+  _globals['_GETCLUSTERREQUEST']._serialized_end=1489
+  _globals['_GETCLUSTERRESPONSE']._serialized_start=1491
+  _globals['_GETCLUSTERRESPONSE']._serialized_end=1556
+  _globals['_CLUSTERMEMBER']._serialized_start=1559
+  _globals['_CLUSTERMEMBER']._serialized_end=1699
+  _globals['_ROUTERSERVICE']._serialized_start=1702
+  _globals['_ROUTERSERVICE']._serialized_end=2200
 # @@protoc_insertion_point(module_scope)

@@ -215,6 +215,76 @@ class GenerateResponse(_message.Message):
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
+class GenerateContextRequest(_message.Message):
+    """Set by the client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    FINAL_TOKENS_FIELD_NUMBER: _builtins.int
+    final_tokens: _builtins.int
+    """With `open`: leading tokens that no version changes."""
+    @_builtins.property
+    def open(self) -> Global___GenerateRequest:
+        """First, and once. Its prompt is `tokens`, or absent: nothing is known yet. max_tokens 0
+        takes what fits the context behind the closed prompt.
+        """
+
+    @_builtins.property
+    def revision(self) -> _generate_pb2.ContextRevision:
+        """The prompt's next version."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___GenerateRequest | None = ...,
+        revision: _generate_pb2.ContextRevision | None = ...,
+        final_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["open", b"open", "request", b"request", "revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["final_tokens", b"final_tokens", "open", b"open", "request", b"request", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["open", "revision"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___GenerateContextRequest: _TypeAlias = GenerateContextRequest  # noqa: Y015
+
+@_typing.final
+class GenerateContextResponse(_message.Message):
+    """Set by the router."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> _generate_pb2.ContextProgress:
+        """How far a version is computed; some may be left out."""
+
+    @_builtins.property
+    def piece(self) -> Global___GenerateResponse:
+        """A piece of the answer."""
+
+    def __init__(
+        self,
+        *,
+        progress: _generate_pb2.ContextProgress | None = ...,
+        piece: Global___GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "piece", b"piece", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "piece", b"piece", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "piece"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___GenerateContextResponse: _TypeAlias = GenerateContextResponse  # noqa: Y015
+
+@_typing.final
 class TokenizeRequest(_message.Message):
     """Set by the client."""
 

@@ -40,6 +40,11 @@ class RouterServiceStub:
                 request_serializer=headrace_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=headrace_dot_v1_dot_router__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateContext = channel.stream_stream(
+                '/headrace.v1.RouterService/GenerateContext',
+                request_serializer=headrace_dot_v1_dot_router__pb2.GenerateContextRequest.SerializeToString,
+                response_deserializer=headrace_dot_v1_dot_router__pb2.GenerateContextResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/headrace.v1.RouterService/Tokenize',
                 request_serializer=headrace_dot_v1_dot_router__pb2.TokenizeRequest.SerializeToString,
@@ -68,6 +73,15 @@ class RouterServiceServicer:
 
     def Generate(self, request, context):
         """Streams the answer to a prompt or a chat. Cancelling the call stops all its work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateContext(self, request_iterator, context):
+        """Streams the answer to a prompt that still arrives, in tokens: the first request opens it,
+        the others revise it, and the pieces of its one answer follow once it is closed. What is
+        known is computed meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +122,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=headrace_dot_v1_dot_router__pb2.GenerateRequest.FromString,
                     response_serializer=headrace_dot_v1_dot_router__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateContext': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateContext,
+                    request_deserializer=headrace_dot_v1_dot_router__pb2.GenerateContextRequest.FromString,
+                    response_serializer=headrace_dot_v1_dot_router__pb2.GenerateContextResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -158,6 +177,33 @@ class RouterService:
             '/headrace.v1.RouterService/Generate',
             headrace_dot_v1_dot_router__pb2.GenerateRequest.SerializeToString,
             headrace_dot_v1_dot_router__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateContext(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/headrace.v1.RouterService/GenerateContext',
+            headrace_dot_v1_dot_router__pb2.GenerateContextRequest.SerializeToString,
+            headrace_dot_v1_dot_router__pb2.GenerateContextResponse.FromString,
             options,
             channel_credentials,
             insecure,

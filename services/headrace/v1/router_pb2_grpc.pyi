@@ -35,6 +35,11 @@ class RouterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RouterServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]
     """Streams the answer to a prompt or a chat. Cancelling the call stops all its work."""
+    GenerateContext: _grpc.StreamStreamMultiCallable[_router_pb2.GenerateContextRequest, _router_pb2.GenerateContextResponse]
+    """Streams the answer to a prompt that still arrives, in tokens: the first request opens it,
+    the others revise it, and the pieces of its one answer follow once it is closed. What is
+    known is computed meanwhile.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
     """Text to tokens."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.DetokenizeRequest, _router_pb2.DetokenizeResponse]
@@ -51,6 +56,11 @@ class RouterServiceAsyncStub(RouterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Streams the answer to a prompt or a chat. Cancelling the call stops all its work."""
+    GenerateContext: _aio.StreamStreamMultiCallable[_router_pb2.GenerateContextRequest, _router_pb2.GenerateContextResponse]  # type: ignore[assignment]
+    """Streams the answer to a prompt that still arrives, in tokens: the first request opens it,
+    the others revise it, and the pieces of its one answer follow once it is closed. What is
+    known is computed meanwhile.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Text to tokens."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.DetokenizeRequest, _router_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -70,6 +80,17 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateResponse], _abc.AsyncIterator[_router_pb2.GenerateResponse]]:
         """Streams the answer to a prompt or a chat. Cancelling the call stops all its work."""
+
+    @_abc_1.abstractmethod
+    def GenerateContext(
+        self,
+        request_iterator: _MaybeAsyncIterator[_router_pb2.GenerateContextRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.GenerateContextResponse], _abc.AsyncIterator[_router_pb2.GenerateContextResponse]]:
+        """Streams the answer to a prompt that still arrives, in tokens: the first request opens it,
+        the others revise it, and the pieces of its one answer follow once it is closed. What is
+        known is computed meanwhile.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
