@@ -439,10 +439,25 @@ def test_blocks_that_only_writers_are_on_besides_come_after_them():
     assert ledger.exclusive("a", after_writers=True) == {blocks[1], blocks[2]}
 
 
-def test_only_named_blocks_have_a_name():
+def test_what_is_named_or_shared_may_not_change():
     ledger = BlockLedger(4)
-    first, second = ledger.lease("a", 2)
-    ledger.name(first, name_of(1))
-    assert (ledger.has_name(first), ledger.has_name(second)) == (True, False)
-    ledger.unname(name_of(1))
-    assert not ledger.has_name(first)
+    named, shared, own = ledger.lease("a", 3)
+    ledger.name(named, name_of(1))
+    ledger.name(shared, name_of(2))
+    ledger.lease("b", 0, shared=[shared])
+    ledger.unname(name_of(2))
+    ledger.hold("writer", [own])
+    assert [ledger.may_change(block) for block in (named, shared, own)] == [False, False, True]
+    ledger.release("b")
+    assert ledger.may_change(shared)
+
+
+def test_blocks_are_left_to_writers_once_their_lease_has_ended():
+    ledger = BlockLedger(4)
+    blocks = ledger.lease("a", 2)
+    ledger.hold("writer", blocks[:1])
+    assert ledger.num_left_to_writers(blocks) == 0
+    ledger.release("a")
+    assert ledger.num_left_to_writers(blocks) == 1
+    ledger.release_writer("writer")
+    assert ledger.num_left_to_writers(blocks) == 0

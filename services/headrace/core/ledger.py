@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -344,9 +344,15 @@ class BlockLedger:
         writers = Counter(chain.from_iterable(self._writers.values())) if after_writers else Counter()
         return frozenset(block for block in lease.blocks if self._users[block] - writers[block] == 1)
 
-    def has_name(self, block: BlockId) -> bool:
-        """Return whether a block's content has a name: others may share it, nobody may change it."""
-        return block in self._hash_of
+    def may_change(self, block: BlockId) -> bool:
+        """Return whether a block's content is its only lease's own: it has no name, and nobody shares it."""
+        num_writers = sum(block in blocks for blocks in self._writers.values())
+        return block not in self._hash_of and self._users[block] - num_writers == 1
+
+    def num_left_to_writers(self, blocks: Iterable[BlockId]) -> int:
+        """Return how many of the blocks nobody leases any more, while writers are still on them."""
+        writers = Counter(chain.from_iterable(self._writers.values()))
+        return sum(0 < self._users[block] == writers[block] for block in blocks)
 
     def is_cached(self, block: BlockId) -> bool:
         """Return whether a block is named and used by nobody."""

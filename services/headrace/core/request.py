@@ -117,7 +117,8 @@ class Revision:
     """The next version of a prompt that still arrives: some of its leading tokens, followed by others.
 
     Attributes:
-        version: One more than the last; the opening is version 0.
+        version: One more than the last, the opening is version 0; or that of the last, of which nothing but the close
+            was left.
         num_kept: Leading tokens that stay.
         tokens: Those that follow them.
         num_final: Leading tokens that no later version changes.

@@ -9,7 +9,7 @@ from headrace.core.request import Revision, SequenceSpec
 from headrace.decode.job import DecodeJob, DecodeParts, Granted, Tokens
 from headrace.decode.reservations import Reservation
 from headrace.engine.messages import EngineEvent, Extended, Goal, Progress, Sampled
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, InternalError
 from headrace.worker.context import ArrivingPrompt, follow_revisions
 from headrace.worker.engine import OpenSequence
 
@@ -43,10 +43,12 @@ class DecodeContextJob:
 
     async def run_local(self) -> AsyncGenerator[Computed | Tokens, None]:
         """Compute the prompt here as it arrives, then generate."""
-        parts, spec = self._parts, self._spec
-        async with parts.engine.open(spec, Goal.ANSWER, is_open=True, num_final=self._num_final) as sequence:
-            with self._following(sequence):
-                present = await parts.blocks.fetch(sequence) if spec.prompt else 0
+        parts = self._parts
+        opening = parts.engine.open(self._spec, Goal.ANSWER, is_open=True, num_final=self._num_final)
+        # From the beginning: it may be revised, and closed, while it waits for blocks.
+        with self._following(opening):
+            async with opening as sequence:
+                present = await parts.blocks.fetch(sequence) if sequence.admitted.num_tokens else 0
                 sequence.begin(present)
                 events: list[EngineEvent] = []
                 while not any(isinstance(event, Sampled) for event in events):
@@ -54,7 +56,8 @@ class DecodeContextJob:
                     for event in events:
                         if isinstance(event, Progress):
                             yield Computed(version=event.version, num_tokens=event.num_computed)
-                async with aclosing(self._answer().generate(sequence, present, events)) as generated:
+                cached = min(present, self._prompt.least_kept)
+                async with aclosing(self._answer().generate(sequence, cached, events)) as generated:
                     async for tokens in generated:
                         yield tokens
 
@@ -63,21 +66,24 @@ class DecodeContextJob:
         opening = self._parts.engine.open(
             self._spec, Goal.ANSWER, arrives_whole=True, is_open=True, num_final=self._num_final
         )
-        async with opening as sequence:
-            local, reservations = sequence.admitted.num_cached_tokens, self._parts.reservations
-            with self._following(sequence), self._reservation(sequence) as reservation:
-                yield Granted(reservation=reservation, cached_tokens=local)
-                while reservation.first is None:
-                    for event in await sequence.events():
-                        if isinstance(event, Extended):
-                            reservations.extend(reservation, event.block_ids, event.version)
-                            yield Granted(reservation=reservation, cached_tokens=local)
-                sequence.begin(len(self._prompt.tokens), reservation.first)
-            sequence.declined_tokens = reservation.reused.declined_tokens
-            cached = max(local, reservation.reused.cached_tokens)
-            async with aclosing(self._answer().generate(sequence, cached)) as generated:
-                async for tokens in generated:
-                    yield tokens
+        with self._following(opening):
+            async with opening as sequence:
+                local, reservations = sequence.admitted.num_cached_tokens, self._parts.reservations
+                with self._reservation(sequence) as reservation:
+                    yield Granted(reservation=reservation, cached_tokens=local)
+                    while reservation.first is None:
+                        for event in await sequence.events():
+                            if isinstance(event, Extended):
+                                reservations.extend(reservation, event.block_ids, event.version)
+                                yield Granted(reservation=reservation, cached_tokens=local)
+                    if not self._prompt.is_closed or reservation.version != self._prompt.version:
+                        raise InternalError("the prefill worker handed over a prompt that is not complete")
+                    sequence.begin(len(self._prompt.tokens), reservation.first)
+                sequence.declined_tokens = reservation.reused.declined_tokens
+                cached = max(min(local, self._prompt.least_kept), reservation.reused.cached_tokens)
+                async with aclosing(self._answer().generate(sequence, cached)) as generated:
+                    async for tokens in generated:
+                        yield tokens
 
     def _answer(self) -> DecodeJob:
         """Return the job of the prompt as it was closed."""

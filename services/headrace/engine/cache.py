@@ -68,7 +68,7 @@ class BlockCache:
         """
         size = self.block_tokens
         present = min(sequence.kv_length, num_kept)
-        if present % size and self.ledger.has_name(sequence.blocks[present // size]):
+        if present % size and not self.ledger.may_change(sequence.blocks[present // size]):
             present -= present % size
         sequence.num_named = min(sequence.num_named, present // size)
         del sequence.hashes[num_kept // size :]
@@ -84,7 +84,9 @@ class BlockCache:
             self._shrink(sequence, first)
             self.ledger.share(sequence.lease_id, found)
             sequence.blocks.extend(found)
-            sequence.place((first + len(found)) * self.block_tokens)
+            # They have their names, or had them when they were found: to give one again may be wrong by now.
+            sequence.num_named = first + len(found)
+            sequence.place(sequence.num_named * self.block_tokens)
 
     def name_full_blocks(self, sequence: Sequence) -> None:
         """Name the blocks that computed tokens have filled since the last call, but none that may still change."""

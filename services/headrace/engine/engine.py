@@ -16,6 +16,7 @@ from headrace.engine.batch import Batch, BatchItem, Runner
 from headrace.engine.cache import BlockCache
 from headrace.engine.config import EngineConfig
 from headrace.engine.landing import Landing, NotLanded
+from headrace.engine.leaving import Leaving
 from headrace.engine.messages import (
     Admitted,
     Begin,
@@ -93,6 +94,7 @@ class Engine:
         self._preempt = preempt
         self._swap = HostSwap(runner, config.num_swap_blocks, config.num_blocks, clock)
         self._revisions = Revisions(self._cache, self._swap, self._max_tokens, runner.vocab_size)
+        self._leaving = Leaving(self._cache, clock)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._arrivals = itertools.count()
         self._num_steps = 0
@@ -187,16 +189,16 @@ class Engine:
         """Return when `step` has something to expire, if nothing happens before."""
         deadlines = [sequence.deadline_s for sequence in self._sequences.values() if not sequence.has_failed]
         leases_s = self._cache.ledger.next_deadline_s()
-        finite = [deadline for deadline in (*deadlines, *self._stalls(), leases_s) if deadline != float("inf")]
+        finite = [deadline for deadline in (*deadlines, *self._changes_of_rank(), leases_s) if deadline != float("inf")]
         return min(finite) if finite else None
 
-    def _stalls(self) -> list[float]:
-        """Return when open sequences will have stalled whose blocks somebody waits for."""
+    def _changes_of_rank(self) -> list[float]:
+        """Return when somebody who waits may get what others have now, though nothing else happens."""
         if all(each.state is not State.WAITING for each in self._sequences.values()):
             return []
         now_s = self._clock.now()
         ends = [each.revised_s + self._config.stall_s for each in self._sequences.values() if each.is_open]
-        return [end for end in ends if end > now_s]
+        return [end for end in (*ends, self._leaving.next_end_s()) if end > now_s]
 
     def fail_all(self, error: HeadraceError) -> None:
         """End every sequence; the engine is leaving."""
@@ -228,6 +230,8 @@ class Engine:
 
     def _refusal(self, sequence: Sequence) -> HeadraceError | None:
         spec, vocab_size = sequence.spec, self._runner.vocab_size
+        if sequence.is_open and spec.output:
+            return InvalidRequest("an answer that has begun goes on after a prompt that is complete", field="output")
         if spec.sequence_id in self._sequences:
             return InvalidRequest(f"sequence {spec.sequence_id} is open already", field="sequence_id")
         if not spec.prompt and not sequence.is_open:
@@ -295,6 +299,9 @@ class Engine:
         if command.first is not None and not 0 <= command.first.token_id < self._runner.vocab_size:
             self._fail(sequence, InternalError("begin's first token is not in the vocabulary"))
             return
+        if sequence.is_extending or blocks_for(present, self._cache.block_tokens) > len(sequence.blocks):
+            self._fail(sequence, InternalError(f"begin says {present} tokens are present: without blocks"))
+            return
         self._cache.trim(sequence)
         # The local cache may hold more than the caller counts; its blocks are shared and not written again.
         sequence.start(max(present, sequence.kv_length))
@@ -353,7 +360,7 @@ class Engine:
     def _plan(self) -> StepPlan:
         now_s = self._clock.now()
         view = scheduler_view(self._sequences.values(), self._cache, self._runner, self._config, now_s)
-        view = dataclasses.replace(view, swap=self._swap.view())
+        view = dataclasses.replace(view, swap=self._swap.view(), num_leaving_blocks=self._leaving.num_blocks())
         return plan_step(view, self._order, self._shape, now_s, self._preempt)
 
     def _make_room(self, plan: StepPlan) -> None:
@@ -377,6 +384,7 @@ class Engine:
     def _evict(self, sequence: Sequence, *, is_saved: bool) -> None:
         self._num_preemptions += 1
         if sequence.state is State.HELD:
+            self._leaving.note(sequence)
             error = Saturated("this worker needs the blocks that wait for the rest of a context", retry_after_s=1.0)
             self._fail(sequence, error)
             return
@@ -412,6 +420,7 @@ class Engine:
                 block_ids=tuple(sequence.blocks),
                 num_cached_tokens=sequence.kv_length,
                 block_hashes=tuple(sequence.hashes),
+                num_tokens=len(sequence.tokens),
                 version=sequence.version,
             )
         )

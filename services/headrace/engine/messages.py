@@ -32,12 +32,14 @@ class Admitted:
             multiple of the block size and less than the number of known tokens.
         block_hashes: Chained hashes of the full blocks of the known tokens.
         version: Of the prompt that it was admitted with.
+        num_tokens: Known tokens of that.
     """
 
     sequence_id: SequenceId
     block_ids: tuple[BlockId, ...]
     num_cached_tokens: int
     block_hashes: tuple[BlockHash, ...]
+    num_tokens: int
     version: int = 0
 
 

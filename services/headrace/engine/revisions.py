@@ -44,9 +44,10 @@ class Revisions:
     def take(self, sequence: Sequence) -> HeadraceError | None:
         """Carry out what is pending, unless KV is being fetched; return why the sequence cannot go on, or None.
 
-        Into the blocks of a sequence that has not begun blocks may be fetched, by the prompt that it was opened with.
+        Between its admission and its begin KV is fetched into its blocks, by the prompt that it was admitted with.
         """
-        while sequence.pending and (sequence.has_begun or sequence.arrives_whole):
+        is_fetched = sequence.state is State.HELD and not sequence.arrives_whole
+        while sequence.pending and not is_fetched:
             refusal = self._take(sequence, sequence.pending.pop(0))
             if refusal is not None:
                 sequence.pending.clear()
@@ -68,7 +69,9 @@ class Revisions:
 
     def _take(self, sequence: Sequence, revision: Revision) -> HeadraceError | None:
         num_kept, num_tokens = revision.num_kept, revision.num_kept + len(revision.tokens)
-        if not sequence.is_open or revision.version != sequence.version + 1 or num_kept > len(sequence.tokens):
+        closes_only = revision.is_closed and not revision.tokens and num_kept == len(sequence.tokens)
+        is_next = revision.version == sequence.version + 1 or (closes_only and revision.version == sequence.version)
+        if not sequence.is_open or not is_next or num_kept > len(sequence.tokens):
             return InternalError(
                 f"revision {revision.version} keeps {num_kept} tokens of version {sequence.version}, which has "
                 f"{len(sequence.tokens)} and is {'open' if sequence.is_open else 'closed'}"

@@ -30,7 +30,6 @@ def scheduler_view(
         max_running=config.max_running,
         num_done=len(done),
         num_leaving=len(leaving),
-        num_leaving_blocks=sum(len(cache.exclusive(each, after_writers=True)) for each in leaving),
     )
 
 
@@ -46,7 +45,8 @@ class _Views:
         self._now_s = now_s
         # A step adds at most one block to a sequence, but to prompts that came in pieces those of its chunk: only
         # where that may not fit is anyone evicted for it.
-        most = len(live) + any(each.is_streamed for each in live) * blocks_for(config.token_budget, cache.block_tokens)
+        chunks = (each.num_computable - each.num_present for each in live if each.is_streamed)
+        most = len(live) + sum(blocks_for(max(0, size), cache.block_tokens) for size in chunks)
         self._is_tight = cache.ledger.num_available < most
         self._has_waiting = any(each.state is not State.RUNNING for each in live)
         # No more can be admitted than this, so the prefixes of later arrivals need not be looked up.
@@ -99,8 +99,9 @@ class _Views:
         exclusive = self._cache.exclusive(sequence, after_writers=is_held) if is_asked else frozenset()
         size = self._cache.block_tokens
         missing = blocks_for(len(sequence.tokens), size) - len(sequence.blocks)
-        # Blocks that may still change are nobody else's to wait for.
-        hashes = sequence.hashes[: sequence.num_final // size] if sequence.is_open else sequence.hashes
+        # Blocks that may still change, or that nobody computes before the close, are nobody's to wait for.
+        num_certain = min(sequence.num_final, sequence.num_computable) if not sequence.arrives_whole else 0
+        hashes = sequence.hashes[: num_certain // size] if sequence.is_open else sequence.hashes
         return SequenceView(
             sequence_id=sequence.spec.sequence_id,
             arrival=sequence.arrival,
@@ -126,7 +127,14 @@ class _Views:
         )
 
     def _is_stalled(self, sequence: Sequence) -> bool:
-        is_quiet = sequence.state is State.WAITING or sequence.arrives_whole or sequence.is_idle
+        match sequence.state:
+            case State.WAITING:
+                # Who never had blocks has stalled nobody.
+                is_quiet = sequence.has_begun
+            case State.HELD:
+                is_quiet = sequence.arrives_whole
+            case _:
+                is_quiet = sequence.is_idle
         return sequence.is_open and is_quiet and self._now_s - sequence.revised_s >= self._config.stall_s
 
 

@@ -31,6 +31,7 @@ class Delivery:
         target: The reservation; its blocks may become more.
         writer_id: Name of this attempt.
         num_pushed_blocks: Blocks written so far.
+        sources: Own blocks that were written from: a write that ran out of time may still read them.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Delivery:
         self.target = target
         self.writer_id = writer_id
         self.num_pushed_blocks = 0
+        self.sources: set[BlockId] = set()
         self._parts = parts
         self._deadline_unix_ms = deadline_unix_ms
         self._agent = ""
@@ -75,6 +77,7 @@ class Delivery:
         if deadline_s <= self._parts.clock.now():
             # The decode worker counts on it when it takes blocks back from a writer that it hears nothing of.
             raise DeadlineExceeded("the lease has ended: nothing may be written into its blocks any more")
+        self.sources.update(blocks)
         try:
             await self._parts.connector.write(self._agent, blocks, remote, deadline_s)
         except PeerFailed:
@@ -98,9 +101,9 @@ class Delivery:
             address = self.target.address
             raise PeerFailed(f"the decode worker at {address} did not answer in time", worker=address) from error
 
-    def fail_when_settled(self, blocks: Sequence[BlockId], reason: str) -> None:
-        """Report once nothing is written any more: a write of these own blocks that ran out of time may still land."""
-        self._parts.connector.when_settled(blocks, lambda: self._report_later(reason))
+    def fail_when_settled(self, reason: str) -> None:
+        """Report once nothing is written any more: a write that ran out of time may still land."""
+        self._parts.connector.when_settled(tuple(self.sources), lambda: self._report_later(reason))
 
     def _report_later(self, reason: str) -> None:
         self._parts.tasks.create_task(self._report_failure(reason))

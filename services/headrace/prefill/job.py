@@ -157,7 +157,7 @@ class PrefillJob:
         """Report once this job writes no more: a write that ran out of time may still land."""
 
         def report_when_landed(_: object = None) -> None:
-            self._delivery.fail_when_settled(self._local, reason)
+            self._delivery.fail_when_settled(reason)
 
         if self._pusher is None or self._pusher.done():
             report_when_landed()

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from headrace.core.block import block_hashes, root_hash
 from headrace.core.request import ContextProgress, SequenceId, SequenceSpec
-from headrace.errors import InvalidRequest, NotReady, PeerMismatch
+from headrace.errors import DeadlineExceeded, InvalidRequest, NotReady, PeerMismatch
 from headrace.router.context_attempt import ContextAttempt, ContextEvent
 from headrace.router.policy import Route, RouteInput, choose_route
 from headrace.router.prefixes import NOTHING_CACHED, Cached
@@ -131,14 +131,20 @@ class ContextRun:
         return SequenceRun(self._parts, spec, self._fingerprint, self._block_tokens)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait before the next attempt; a close ends it, for its answer is waited for."""
+        """Wait before the next attempt; a close ends it, for its answer is waited for.
+
+        Raises:
+            DeadlineExceeded: there is no time left for one.
+        """
+        left_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(0.0, min(seconds, left_s))):
                 while not self._is_closed:
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
-            pass
+            if left_s <= seconds:
+                raise DeadlineExceeded("the request's deadline passed before its context was complete") from None
 
     async def _run_attempt(self) -> AsyncGenerator[ContextEvent, None]:
         # Asked first: between the snapshot of the tokens and the openings nothing may change.

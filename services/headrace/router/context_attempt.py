@@ -10,7 +10,15 @@ from typing import Generic, TypeAlias, TypeVar
 
 from headrace.core.request import ContextProgress, Revision, SequenceId, SequenceSpec
 from headrace.core.wire import revision_to_proto, spec_to_proto
-from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError, NotReady, PeerFailed
+from headrace.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    HeadraceError,
+    InternalError,
+    NotReady,
+    PeerFailed,
+    PeerMismatch,
+)
 from headrace.router.policy import Route
 from headrace.router.sequence import FULL, MOVABLE, SequenceParts, TokenBatch, token_batch
 from headrace.router.workers import Worker
@@ -42,7 +50,7 @@ class _Leg(Generic[RequestT]):
     def __init__(self, opening: RequestT, version: int) -> None:
         self.version = version
         self.has_room = asyncio.Event()
-        self._queue: asyncio.Queue[RequestT] = asyncio.Queue()
+        self._queue: asyncio.Queue[RequestT | None] = asyncio.Queue()
         self.send(opening)
 
     def send(self, request: RequestT) -> None:
@@ -50,10 +58,14 @@ class _Leg(Generic[RequestT]):
         self._queue.put_nowait(request)
         self._look()
 
+    def close(self) -> None:
+        """End the requests; gRPC does not end whoever waits for the next one when the call has ended by itself."""
+        self._queue.put_nowait(None)
+        self.has_room.set()
+
     async def requests(self) -> AsyncIterator[RequestT]:
-        """Yield what is to be sent, without end."""
-        while True:
-            request = await self._queue.get()
+        """Yield what is to be sent until closed."""
+        while (request := await self._queue.get()) is not None:
             self._look()
             yield request
 
@@ -98,6 +110,7 @@ class ContextAttempt:
         self._prefill: _Leg[prefill_pb2.PrefillContextRequest] | None = None
         self._decode: _Leg[decode_pb2.DecodeContextRequest] | None = None
         self._writer_id = ""
+        self._lost_writers: set[str] = set()
         self._cancel_decode: Callable[[], object] = lambda: None
 
     def revise(self, num_kept: int, tokens: tuple[int, ...], num_final: int, *, is_closed: bool) -> None:
@@ -162,9 +175,9 @@ class ContextAttempt:
         if self._closed.is_set():
             leg.send(prefill_pb2.PrefillContextRequest(revision=_at(self._closing(), leg.version)))
         stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
-        self._parts.table.reserve(name, spec.sequence_id, len(spec.tokens))
         call = stub.PrefillContext(leg.requests(), timeout=self._remaining_s())
         try:
+            self._parts.table.reserve(name, spec.sequence_id, len(spec.tokens))
             async with translate_errors(worker.address):
                 async for response in call:
                     match response.WhichOneof("event"):
@@ -172,6 +185,7 @@ class ContextAttempt:
                             self._note(response.progress, leg.version)
                         case "lost" if response.lost.writer_id == self._writer_id:
                             # Whether its decode worker knows or not: it gets nothing more, so it is left.
+                            self._lost_writers.add(self._writer_id)
                             self._cancel_decode()
                         case "done":
                             return
@@ -180,7 +194,7 @@ class ContextAttempt:
             raise self._failure(worker, error) from None
         finally:
             call.cancel()
-            leg.has_room.set()
+            leg.close()
             self._prefill = None
             self._parts.table.release(name, spec.sequence_id)
 
@@ -200,10 +214,12 @@ class ContextAttempt:
         while True:
             worker = self._parts.table.by_name(name)
             try:
-                await self._decode_at(worker, is_local=is_local)
+                if await self._decode_at(worker, is_local=is_local):
+                    return
             except HeadraceError as error:
                 failure = self._failure(worker, error)
-                if is_local or not isinstance(failure, (*MOVABLE, *FULL)) or self._closed.is_set():
+                is_movable = isinstance(failure, (*MOVABLE, *FULL)) and not isinstance(failure, PeerMismatch)
+                if is_local or not is_movable or self._closed.is_set():
                     raise failure from None
                 logger.info("context changes its decode worker", extra={"worker": name, "error": failure.code})
             self._aim(None)
@@ -212,8 +228,11 @@ class ContextAttempt:
                 raise PeerFailed(f"the decode worker {name} was lost", worker=worker.address)
             name = self._choose(self._spec, name).decode
 
-    async def _decode_at(self, worker: Worker, *, is_local: bool) -> None:
-        """Have one decode worker keep blocks and generate; returns when it has ended its stream."""
+    async def _decode_at(self, worker: Worker, *, is_local: bool) -> bool:
+        """Have one decode worker keep blocks and generate; return whether the answer is complete.
+
+        It is not if the prefill worker cannot fill its blocks.
+        """
         spec = self._known(SequenceId(f"{self._spec.sequence_id}.{next(self._names)}"))
         mode = decode_pb2.PREFILL_MODE_LOCAL if is_local else decode_pb2.PREFILL_MODE_REMOTE
         request = decode_pb2.DecodeRequest(sequence=spec_to_proto(spec), mode=mode)
@@ -223,10 +242,10 @@ class ContextAttempt:
             leg.send(decode_pb2.DecodeContextRequest(revision=_at(self._closing(), leg.version)))
         writer_id = secrets.token_hex(16)
         stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(worker.address))
-        self._parts.table.reserve(worker.name, spec.sequence_id, len(spec.tokens) if is_local else 0)
         call = stub.DecodeContext(leg.requests(), timeout=self._remaining_s())
         self._cancel_decode = call.cancel
         try:
+            self._parts.table.reserve(worker.name, spec.sequence_id, len(spec.tokens) if is_local else 0)
             async with translate_errors(worker.address):
                 async for response in call:
                     match response.WhichOneof("event"):
@@ -236,11 +255,18 @@ class ContextAttempt:
                         case "progress":
                             self._note(response.progress, leg.version)
                         case "tokens":
-                            self._events.put_nowait(token_batch(response.tokens))
+                            batch = token_batch(response.tokens)
+                            self._events.put_nowait(batch)
+                            if batch.tokens and batch.tokens[-1].finish is not None:
+                                return True
             raise PeerFailed(f"{worker.name} ended its stream before the answer was complete", worker=worker.address)
+        except Cancelled:
+            if writer_id not in self._lost_writers:
+                raise
+            return False
         finally:
             call.cancel()
-            leg.has_room.set()
+            leg.close()
             self._decode = None
             self._parts.table.release(worker.name, spec.sequence_id)
 
@@ -275,7 +301,7 @@ class ContextAttempt:
     def _failure(self, worker: Worker, error: HeadraceError) -> HeadraceError:
         """Return why a stream failed, and take note of a worker that is to be avoided."""
         if isinstance(error, Cancelled):
-            # Nobody here cancelled it, or its prefill worker cannot fill it: the worker has left, or is left.
+            # Nobody here cancelled it: the worker has left.
             error = PeerFailed(f"{worker.name} left during the call", worker=worker.address)
         if isinstance(error, NotReady) or (isinstance(error, PeerFailed) and error.worker == worker.address):
             self._parts.table.suspect(worker.name)

@@ -1,6 +1,7 @@
 """A prompt that still arrives, as the jobs of a worker follow it."""
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 
 from headrace.core.request import Revision, SequenceSpec
@@ -19,11 +20,13 @@ class ArrivingPrompt:
     Attributes:
         version: Of the prompt.
         is_closed: Whether it is complete.
+        least_kept: Leading tokens that every revision has kept.
     """
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.version = 0
         self.is_closed = False
+        self.least_kept = sys.maxsize
         self._tokens = list(spec.prompt)
 
     @property
@@ -46,6 +49,7 @@ class ArrivingPrompt:
         del self._tokens[revision.num_kept :]
         self._tokens.extend(revision.tokens)
         self.version, self.is_closed = revision.version, revision.is_closed
+        self.least_kept = min(self.least_kept, revision.num_kept)
 
 
 def not_opened() -> InvalidRequest:
@@ -57,7 +61,7 @@ async def follow_revisions(
     revisions: AsyncIterator[Revision],
     sequence: OpenSequence,
     prompt: ArrivingPrompt,
-    on_change: Callable[[Revision], None] = lambda _: None,
+    take: Callable[[OpenSequence, Revision], None] = OpenSequence.revise,
 ) -> None:
     """Hand revisions to the engine until there are no more; what is wrong with them fails the sequence.
 
@@ -65,13 +69,12 @@ async def follow_revisions(
         revisions: May raise HeadraceErrors.
         sequence: In the engine.
         prompt: Takes the revisions.
-        on_change: Told of each that was taken.
+        take: Hands a revision to the engine.
     """
     try:
         async for revision in revisions:
             prompt.take(revision)
-            on_change(revision)
-            sequence.revise(revision)
+            take(sequence, revision)
         if not prompt.is_closed:
             raise InvalidRequest("the context ended before it was closed", field="revision.is_closed")
     except HeadraceError as error:

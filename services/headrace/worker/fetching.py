@@ -98,7 +98,7 @@ class Fetcher:
 
     def _plan(self, sequence: OpenSequence) -> FetchPlan:
         spec, num_cached = sequence.spec, sequence.admitted.num_cached_tokens
-        clock, num_tokens = self._parts.links.clock, len(spec.tokens)
+        clock, num_tokens = self._parts.links.clock, sequence.admitted.num_tokens
         # The engine may count this sequence already: too short a wait makes for too little patience only.
         waiting = max(0, self._parts.engine.stats().waiting_tokens - (num_tokens - num_cached))
         prompt = Prompt(
