@@ -6,7 +6,7 @@ import pytest
 
 from headrace.core.cost import CostModel
 from headrace.core.request import Revision, Token
-from headrace.engine.messages import Goal, Progress, Revise
+from headrace.engine.messages import Goal, HoldWriter, Progress, Quarantine, ReleaseWriter, Revise, Unpin
 from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed
 from headrace.errors import BlockLost, InternalError, InvalidRequest, Saturated
 from headrace.seams.preempt import PreemptContext
@@ -304,6 +304,79 @@ def test_places_are_taken_from_open_prompts_like_blocks(make_client, reference, 
         assert client.tokens(stream) == reference(prompt_of(seed, 9))
 
 
+def test_one_that_waits_long_for_its_first_blocks_gets_them(make_client, prompt_of):
+    client = make_client(num_blocks=8, order=FCFS)
+    other = client.open(prompt_of(1, 20), begins=False)
+    client.steps()
+    stream = client.open(prompt_of(2, 16), is_open=True)
+    client.clock.advance(1.5)
+    client.close(other)
+    client.steps()
+    assert client.progress(stream) == [15]
+
+
+def test_one_that_closes_while_it_waits_is_no_open_prompt_any_more(make_client, prompt_of):
+    client = make_client(num_blocks=8, order=FCFS)
+    other = client.open(prompt_of(1, 20), begins=False)
+    client.steps()
+    stream = client.open(prompt_of(2, 16), is_open=True, max_tokens=1)
+    later = client.open(prompt_of(3, 30), max_tokens=1, begins=False)
+    client.revise(stream, closed=True)
+    client.close(other)
+    client.steps(3)
+    assert client.tokens(stream)
+    client.steps()
+    assert client.admitted(later)
+
+
+@pytest.mark.parametrize("arrives_whole", [False, True], ids=["computed here", "sent by a peer"])
+def test_nobody_waits_for_blocks_of_a_prompt_that_may_stay_open(make_client, reference, prompt_of, arrives_whole):
+    client, prompt = make_client(order=FCFS), prompt_of(1, 20)
+    client.open(prompt, is_open=True, num_final=20, arrives_whole=arrives_whole, begins=not arrives_whole)
+    client.steps()
+    assert client.run((*prompt, 5)) == reference((*prompt, 5))
+
+
+def test_prompts_in_one_piece_push_out_no_more_than_they_need(make_client, prompt_of, whole_shape):
+    client = make_client(num_blocks=40, budget=16, shape=whole_shape)
+    stream = client.open(prompt_of(1, 8), is_open=True)
+    for seed in range(2, 6):
+        client.open(prompt_of(seed, 20), max_tokens=40, ignore_eos=True)
+    client.steps(8)
+    client.revise(stream, prompt_of(9, 80))
+    client.steps(1)
+    assert 0 < client.stats().num_preemptions <= 2
+
+
+def test_a_shared_block_without_a_name_is_not_changed(make_client, reference, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 20)
+    stream = client.open(prompt, is_open=True, num_final=20)
+    client.steps()
+    other = client.open((*prompt[:16], 7), max_tokens=30, ignore_eos=True)
+    client.steps(3)
+    second = client.admitted(other).block_hashes[1]
+    client.engine.apply(Quarantine(block_hash=second, reply=lambda _: None))
+    client.revise(stream, prompt_of(2, 9), keep=6, closed=True)
+    client.steps()
+    assert client.tokens(other) == reference((*prompt[:16], 7), max_tokens=30, ignore_eos=True)
+
+
+def test_a_quarantined_block_that_was_shared_does_not_get_its_name_back(make_client, prompt_of):
+    client, prompt = make_client(), prompt_of(1, 17)
+    first = client.open(prompt, max_tokens=1)
+    client.steps()
+    stream = client.open(prompt[:3], is_open=True)
+    client.steps()
+    client.revise(stream, prompt[3:])
+    client.steps()
+    third = client.admitted(first).block_hashes[2]
+    client.engine.apply(Quarantine(block_hash=third, reply=lambda _: None))
+    client.revise(stream, closed=True)
+    client.steps()
+    assert len(client.pin("look", client.admitted(first).block_hashes)) == 2
+    client.engine.apply(Unpin(lease_id="look"))
+
+
 # -- Host memory --------------------------------------------------------------
 
 
@@ -415,6 +488,37 @@ def test_blocks_that_wait_for_an_open_prompt_are_given_up_for_those_who_compute(
     client.close(held)
     client.steps()
     assert client.tokens(answer) == reference(prompt_of(2, 20), max_tokens=4)
+
+
+def test_one_context_is_given_up_for_one_who_needs_room_though_its_writer_is_slow(make_client, prompt_of):
+    client = make_client(num_blocks=20, order=FCFS, max_running=16)
+    contexts = [hold(client, prompt_of(seed, 16)) for seed in range(1, 6)]
+    for context in contexts:
+        blocks = client.admitted(context).block_ids
+        client.engine.apply(HoldWriter(writer_id=f"writer of {context}", block_ids=blocks))
+    client.open(prompt_of(9, 15), max_tokens=1)
+    for _ in range(10):
+        client.steps(1)
+        for context in contexts:
+            if client.error(context):
+                client.close(context)
+    assert sum(client.error(context) is not None for context in contexts) == 1
+    client.clock.advance(1.5)
+    client.steps()
+    assert sum(client.error(context) is not None for context in contexts) == 2
+    for context in contexts:
+        client.engine.apply(ReleaseWriter(writer_id=f"writer of {context}"))
+
+
+def test_a_begin_before_there_are_blocks_fails_the_sequence(make_client, prompt_of):
+    client = make_client(num_blocks=10, order=FCFS)
+    first, second = hold(client, prompt_of(1, 9)), hold(client, prompt_of(2, 21))
+    client.revise(first, prompt_of(1, 12), closed=True)
+    client.steps()
+    assert client.extended(first) == []
+    assert client.error(second) is not None
+    client.begin(first, 21, Token(cursor=0, token_id=5))
+    assert isinstance(client.error(first), InternalError)
 
 
 def test_one_who_leaves_is_waited_for_before_another_is_asked_to(make_client, prompt_of):

@@ -19,7 +19,7 @@ class Stream:
     def __init__(self, fleet, prompt=(), **sampling):
         self.fleet, self.prompt, self.version = fleet, tuple(prompt), 0
         self.run = fleet.context(fleet.spec(prompt, **sampling))
-        self.tokens, self.progress = [], []
+        self.tokens, self.progress, self.pause_s = [], [], 0.0
         self.reading = asyncio.ensure_future(self._read())
 
     async def _read(self):
@@ -29,6 +29,7 @@ class Stream:
                     self.progress.append(event)
                 else:
                     self.tokens.extend(event.tokens)
+                await asyncio.sleep(self.pause_s)
 
     def revise(self, tokens=(), keep=None, **how):
         keep = len(self.prompt) if keep is None else keep
@@ -225,6 +226,151 @@ async def test_the_deadline_ends_a_context_that_is_never_closed(tmp_path, roles,
         with pytest.raises(DeadlineExceeded):
             await stream.answer()
         await fleet.at_rest()
+
+
+async def test_the_deadline_ends_a_context_for_which_there_is_no_worker(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        await fleet.workers["h0"].kill()
+        stream = Stream(fleet, prompt_of(1, 30), timeout_s=0.3)
+        with pytest.raises(DeadlineExceeded):
+            await stream.answer()
+
+
+@pytest.mark.parametrize("num_turns", range(5))
+async def test_a_context_may_be_closed_at_once(tmp_path, roles, prompt_of, num_turns):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        stream = Stream(fleet, prompt_of(1, 20))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        stream.revise((5,), is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+async def test_nothing_is_reused_while_a_late_write_of_an_earlier_version_moves(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0"), transfer_deadline_s=0.3) as fleet:
+        prefill, decode = fleet.workers["p0"], fleet.workers["d0"]
+        fleet.parts.table.suspect = lambda _: None
+        fleet.fabric.stall(decode.epoch)
+        stream = Stream(fleet, prompt_of(1, 61))
+        await stream.computed()
+        await fleet.until(lambda: prefill.connector.stats().num_inflight, "nothing is written")
+        stream.revise(prompt_of(2, 10), keep=0)
+        await stream.computed()
+        await fleet.until(lambda: prefill.connector.stats().num_failed, "the write goes on")
+        stream.reading.cancel()
+        await asyncio.wait([stream.reading])
+        await asyncio.sleep(0.1)
+        assert prefill.connector.stats().num_inflight
+        assert decode.reservations.num_writers()
+        assert decode.engine.stats().leased_blocks >= 15
+        fleet.fabric.resume(decode.epoch)
+        await fleet.at_rest()
+
+
+async def test_blocks_of_versions_that_nobody_wants_any_more_are_given_back(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0 d1"), num_blocks=20) as fleet:
+        peers, met = fleet.workers["p0"].peers, asyncio.Event()
+        ensure = peers.ensure
+
+        async def slowly(*address):
+            await met.wait()
+            return await ensure(*address)
+
+        peers.ensure = slowly
+        streams = [Stream(fleet, prompt_of(seed, 1)) for seed in (1, 2)]
+        for seed, stream in zip((1, 2), streams, strict=True):
+            stream.revise(prompt_of(seed, 41)[1:])
+        for stream in streams:
+            await stream.computed()
+        for seed, stream in zip((5, 6), streams, strict=True):
+            stream.revise(prompt_of(seed, 41), keep=0)
+        await asyncio.sleep(0.1)
+        met.set()
+        for stream in streams:
+            stream.revise((5,), is_closed=True)
+            assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+async def test_a_closed_context_waits_for_a_decode_worker_without_blocks_of_the_prefill_worker(
+    tmp_path, roles, prompt_of
+):
+    async with open_fleet(tmp_path, roles("p0 d0"), num_blocks=24) as fleet:
+        held = fleet.hold_at("d0 Sampled", 3)
+        first = asyncio.ensure_future(one_shot(fleet, prompt_of(3, 60), max_tokens=20))
+        await held.wait()
+        await fleet.until(lambda: not fleet.workers["p0"].engine.stats().leased_blocks, "not handed over")
+        stream = Stream(fleet, prompt_of(1, 50))
+        await stream.computed()
+        stream.revise((5,), is_closed=True)
+        await asyncio.sleep(0.1)
+        second = asyncio.ensure_future(one_shot(fleet, prompt_of(4, 70)))
+        await asyncio.sleep(0.1)
+        fleet.workers["d0"].runner.gate.set()
+        async with asyncio.timeout(10.0):
+            answers = await asyncio.gather(first, second, stream.answer())
+        assert answers[2] == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+@pytest.mark.parametrize("workers", ["h0", "p0 d0"])
+async def test_a_context_that_was_opened_on_a_full_worker_is_answered(tmp_path, roles, prompt_of, workers):
+    async with open_fleet(tmp_path, roles(workers), num_blocks=24) as fleet:
+        name = workers.split()[-1]
+        held = fleet.hold_at(f"{name} Sampled", 3)
+        first = asyncio.ensure_future(one_shot(fleet, prompt_of(3, 60), max_tokens=30))
+        await held.wait()
+        stream = Stream(fleet, prompt_of(1, 50))
+        await asyncio.sleep(1.3)  # Longer than a stream may be silent before it has stalled.
+        fleet.workers[name].runner.gate.set()
+        await first
+        stream.revise((5,), is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+async def test_an_update_while_blocks_are_fetched_counts_what_it_keeps_as_reused(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        await one_shot(fleet, prompt_of(1, 40))
+        blocks, fetched = fleet.workers["p0"].prefill.blocks, asyncio.Event()
+        fetch = blocks.fetch
+
+        async def slowly(sequence):
+            present = await fetch(sequence)
+            await fetched.wait()
+            return present
+
+        blocks.fetch = slowly
+        stream = Stream(fleet, prompt_of(1, 40))
+        await asyncio.sleep(0.1)
+        stream.revise(prompt_of(2, 6), keep=0, is_closed=True)
+        await asyncio.sleep(0.05)
+        fetched.set()
+        answer = await stream.answer()
+        blocks.fetch = fetch
+        assert answer == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
+async def test_a_context_leaves_no_charge_no_suspicion_and_no_task(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        suspected = []
+        fleet.parts.table.suspect = suspected.append
+        for seed in range(5):
+            stream = Stream(fleet, prompt_of(seed, 20))
+            stream.pause_s = 0.02
+            await stream.computed()
+            stream.revise((5,), is_closed=True)
+            await stream.answer()
+        late = fleet.context(fleet.spec(prompt_of(1, 20), timeout_s=0.0))
+        with pytest.raises(DeadlineExceeded):
+            await anext(late.events())
+        await fleet.at_rest()
+        assert suspected == []
+        assert not any(member.reserved for member in fleet.table.members.values())
+        pollers = [task for task in asyncio.all_tasks() if "consume_request" in task.get_coro().__qualname__]
+        await fleet.until(lambda: all(task.done() for task in pollers), "somebody waits for requests")
 
 
 @pytest.mark.parametrize(
