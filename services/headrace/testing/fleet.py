@@ -463,7 +463,8 @@ class Fleet:
         watched = [self.workers[name] for name in names or self.workers]
         try:
             await self.until(lambda: not any(worker.left() for worker in watched), "", 5.0)
-            await self.until(lambda: not self.request_tasks(), "", 2.0)
+            # A failure is reported for 2.5 s to a decode worker that may be gone.
+            await self.until(lambda: not self.request_tasks(), "", 5.0)
         except AssertionError:
             held = [*(worker.left() for worker in watched), *map(repr, self.request_tasks())]
             raise AssertionError("; ".join(filter(None, held))) from None
