@@ -235,7 +235,7 @@ class ContextJob:
         if self._wanted is not self._begun:
             self._leave("another target")
             await self._begin()
-            if self._progress is None:
+            if self._begun is not None and self._progress is None:
                 # What was told before may be anybody's by now.
                 sequence.report()
         while self._begun is not None and self._begun is self._wanted and not self._is_over:

@@ -202,6 +202,8 @@ class ContextAttempt:
         """Tell the prefill worker where its KV goes."""
         self._writer_id = writer_id
         if self._prefill is not None:
+            if target is not None and target.version < self._prefill.version:
+                return  # Blocks for a version that it never had: those for the next one follow.
             named = prefill_pb2.ContextTarget(target=target, writer_id=writer_id)
             if target is not None:
                 named.target.version -= self._prefill.version
