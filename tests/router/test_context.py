@@ -269,7 +269,8 @@ async def test_nothing_is_reused_while_a_late_write_of_an_earlier_version_moves(
 
 
 async def test_blocks_of_versions_that_nobody_wants_any_more_are_given_back(tmp_path, roles, prompt_of):
-    async with open_fleet(tmp_path, roles("p0 d0 d1"), num_blocks=20) as fleet:
+    # Room for both prompts and no block more: 11 each.
+    async with open_fleet(tmp_path, roles("p0 d0 d1"), num_blocks=22) as fleet:
         peers, met = fleet.workers["p0"].peers, asyncio.Event()
         ensure = peers.ensure
 

@@ -68,7 +68,7 @@ def spec(name=NAME):
 
 
 def admitted(name=NAME):
-    return Admitted(sequence_id=name, block_ids=(0,), num_cached_tokens=0, block_hashes=())
+    return Admitted(sequence_id=name, block_ids=(0,), num_cached_tokens=0, block_hashes=(), num_tokens=1)
 
 
 def sampled(cursor):

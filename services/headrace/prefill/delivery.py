@@ -106,7 +106,11 @@ class Delivery:
         self._parts.connector.when_settled(tuple(self.sources), lambda: self._report_later(reason))
 
     def _report_later(self, reason: str) -> None:
-        self._parts.tasks.create_task(self._report_failure(reason))
+        report = self._report_failure(reason)
+        try:
+            self._parts.tasks.create_task(report)
+        except RuntimeError:  # The worker is leaving: that its process is gone tells as much.
+            report.close()
 
     async def _report_failure(self, reason: str) -> None:
         parts, target = self._parts, self.target
