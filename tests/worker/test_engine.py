@@ -12,6 +12,7 @@ from headrace.engine.messages import (
     Begin,
     Close,
     EngineStats,
+    Extended,
     Failed,
     Goal,
     Open,
@@ -89,6 +90,17 @@ async def test_entering_waits_for_admission_and_leaving_closes(engine, port):
     assert port.sent(Close) == []
     await sequence.__aexit__()
     assert port.sent(Close) == [Close(sequence_id=NAME)]
+
+
+async def test_what_arrives_with_the_admission_is_not_lost(engine, port):
+    opening = asyncio.ensure_future(engine.open(spec(), Goal.ANSWER, is_open=True).__aenter__())
+    await asyncio.sleep(0)
+    extended = Extended(sequence_id=NAME, version=1, block_ids=(0, 1))
+    port.tell(admitted())
+    port.tell(extended)
+    sequence = await opening
+    assert sequence.admitted == admitted()
+    assert await sequence.events() == [extended]
 
 
 async def test_events_arrive_in_order_and_none_is_lost_between_wakeups(engine, port):

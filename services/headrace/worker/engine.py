@@ -67,6 +67,16 @@ class EventStream:
         self._is_woken = True
         self._arrived.set()
 
+    async def take_first(self) -> EngineEvent:
+        """Wait for the next event and return it alone; raises as `take`."""
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events[0]
+        if isinstance(event, Failed):
+            raise event.error
+        return self._events.popleft()
+
     async def take(self) -> list[EngineEvent]:
         """Wait until something has arrived and return all of it.
 
@@ -107,7 +117,7 @@ class OpenSequence:
 
     async def __aenter__(self) -> "OpenSequence":
         try:
-            [first] = await self._events.take()
+            first = await self._events.take_first()
             if not isinstance(first, Admitted):
                 raise InternalError(f"engine answered {type(first).__name__} before admission")
         except BaseException:
