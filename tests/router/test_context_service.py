@@ -9,7 +9,7 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.request import ContextProgress, GenerationRequest, Piece, RequestId, Revision, SamplingParams
-from headrace.errors import DeadlineExceeded, Draining, HeadraceError, InvalidRequest, Saturated
+from headrace.errors import DeadlineExceeded, Draining, HeadraceError, InvalidRequest, Saturated, UnknownModel
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import ServedModel
 from headrace.router.service import RouterServicer
@@ -204,6 +204,18 @@ async def test_there_are_only_so_many_contexts(tmp_path, roles, prompt_of):
         for each in events:
             await each.aclose()
         await fleet.at_rest()
+        closed = one_by_one(Revision(version=1, num_kept=9, is_closed=True))
+        _, pieces = await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, closed))
+        assert pieces[-1].finish is not None
+
+
+async def test_a_context_for_a_model_that_is_not_served_takes_no_place(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        fleet.live._config = dataclasses.replace(fleet.live._config, max_contexts=1)
+        wrong = dataclasses.replace(request_of(fleet, prompt_of(1, 9)), model="another")
+        for _ in range(2):
+            with pytest.raises(UnknownModel):
+                await collect(fleet.live.submit_context(wrong, 0, one_by_one()))
         closed = one_by_one(Revision(version=1, num_kept=9, is_closed=True))
         _, pieces = await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, closed))
         assert pieces[-1].finish is not None

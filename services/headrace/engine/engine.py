@@ -300,7 +300,7 @@ class Engine:
             self._fail(sequence, InternalError("begin's first token is not in the vocabulary"))
             return
         if sequence.is_extending or blocks_for(present, self._cache.block_tokens) > len(sequence.blocks):
-            self._fail(sequence, InternalError(f"begin says {present} tokens are present: without blocks"))
+            self._fail(sequence, InternalError(f"begin says {present} tokens are present, more than it has blocks for"))
             return
         self._cache.trim(sequence)
         # The local cache may hold more than the caller counts; its blocks are shared and not written again.

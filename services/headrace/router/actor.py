@@ -106,8 +106,8 @@ class LiveRequests:
         self, request: GenerationRequest, num_final: int, revisions: AsyncIterator[Revision]
     ) -> AsyncGenerator[Piece | ContextProgress, None]:
         """Generate from a prompt that still arrives; closing the generator stops all work of the request."""
-        self._admit_context()
         model = self.model(request.model)
+        self._admit_context()
         run = ContextRun(self._parts, _spec(request, model, 0), model.fingerprint, self._block_tokens, num_final)
         answer = ContextAnswer(run, ChoiceText(0, model.text, request.stop), self._parts.tasks, self._metrics)
         try:

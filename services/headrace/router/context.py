@@ -11,9 +11,17 @@ from headrace.core.block import block_hashes, root_hash
 from headrace.core.request import ContextProgress, SequenceId, SequenceSpec
 from headrace.errors import DeadlineExceeded, InvalidRequest, NotReady, PeerMismatch
 from headrace.router.context_attempt import ContextAttempt, ContextEvent
-from headrace.router.policy import Route, RouteInput, choose_route
+from headrace.router.policy import Route, choose_route
 from headrace.router.prefixes import NOTHING_CACHED, Cached
-from headrace.router.sequence import FULL, MOVABLE, SequenceParts, SequenceRun, TokenBatch
+from headrace.router.sequence import (
+    FULL,
+    MOVABLE,
+    SequenceParts,
+    SequenceRun,
+    TokenBatch,
+    look_up,
+    route_input,
+)
 from headrace.router.tokens import off_loop
 
 logger = logging.getLogger(__name__)
@@ -171,20 +179,11 @@ class ContextRun:
         views = [worker.view() for worker in self._parts.table.usable()]
         if self._excluded.issuperset(view.name for view in views if view.prefers_decode):
             self._excluded.clear()
-        facts = RouteInput(
-            key=spec.sequence_id,
-            num_tokens=len(spec.tokens),
-            cached_tokens={name: count * self._block_tokens for name, count in cached.by_worker.items()},
-            reachable_tokens=cached.num_reachable * self._block_tokens,
-            excluded=frozenset(self._excluded),
-        )
-        return choose_route(views, facts)
+        return choose_route(views, route_input(spec, cached, self._block_tokens, self._excluded))
 
     async def _look_up(self) -> Cached:
-        prefixes, table = self._parts.prefixes, self._parts.table
-        if prefixes is None:
+        if self._parts.prefixes is None:
             return NOTHING_CACHED
         root, prompt = root_hash(self._fingerprint, self._spec.cache_key), tuple(self._tokens)
         hashes = await off_loop(len(prompt), lambda: block_hashes(root, prompt, self._block_tokens))
-        workers = {worker.name: worker.address for worker in table.usable()}
-        return prefixes.look_up(hashes, workers, {store.name: store.address for store in table.stores()})
+        return look_up(self._parts, hashes)

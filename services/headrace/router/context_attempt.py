@@ -12,7 +12,6 @@ from headrace.core.request import ContextProgress, Revision, SequenceId, Sequenc
 from headrace.core.wire import revision_to_proto, spec_to_proto
 from headrace.errors import (
     Cancelled,
-    DeadlineExceeded,
     HeadraceError,
     InternalError,
     NotReady,
@@ -20,7 +19,7 @@ from headrace.errors import (
     PeerMismatch,
 )
 from headrace.router.policy import Route
-from headrace.router.sequence import FULL, MOVABLE, SequenceParts, TokenBatch, token_batch
+from headrace.router.sequence import FULL, MOVABLE, SequenceParts, TokenBatch, remaining_s, token_batch
 from headrace.router.workers import Worker
 from headrace.runtime.channels import translate_errors
 from headrace.v1 import decode_pb2, decode_pb2_grpc, generate_pb2, prefill_pb2, prefill_pb2_grpc
@@ -175,7 +174,7 @@ class ContextAttempt:
         if self._closed.is_set():
             leg.send(prefill_pb2.PrefillContextRequest(revision=_at(self._closing(), leg.version)))
         stub = prefill_pb2_grpc.PrefillServiceStub(self._parts.channels.get(worker.address))
-        call = stub.PrefillContext(leg.requests(), timeout=self._remaining_s())
+        call = stub.PrefillContext(leg.requests(), timeout=remaining_s(self._parts.clock, self._spec))
         try:
             self._parts.table.reserve(name, spec.sequence_id, len(spec.tokens))
             async with translate_errors(worker.address):
@@ -244,7 +243,7 @@ class ContextAttempt:
             leg.send(decode_pb2.DecodeContextRequest(revision=_at(self._closing(), leg.version)))
         writer_id = secrets.token_hex(16)
         stub = decode_pb2_grpc.DecodeServiceStub(self._parts.channels.get(worker.address))
-        call = stub.DecodeContext(leg.requests(), timeout=self._remaining_s())
+        call = stub.DecodeContext(leg.requests(), timeout=remaining_s(self._parts.clock, self._spec))
         self._cancel_decode = call.cancel
         try:
             self._parts.table.reserve(worker.name, spec.sequence_id, len(spec.tokens) if is_local else 0)
@@ -308,12 +307,6 @@ class ContextAttempt:
         if isinstance(error, NotReady) or (isinstance(error, PeerFailed) and error.worker == worker.address):
             self._parts.table.suspect(worker.name)
         return error
-
-    def _remaining_s(self) -> float:
-        remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
-        if remaining_s <= 0:
-            raise DeadlineExceeded("the request's deadline passed before its context was complete")
-        return remaining_s
 
 
 def _at(revision: Revision, version: int) -> generate_pb2.ContextRevision:

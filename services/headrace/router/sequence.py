@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -157,15 +158,7 @@ class SequenceRun:
         views = [worker.view() for worker in self._parts.table.usable()]
         if (self._excluded | self._full).issuperset(view.name for view in views):
             self._excluded.clear()
-        excluded = frozenset(self._excluded | self._full)
-        facts = RouteInput(
-            key=spec.sequence_id,
-            num_tokens=len(spec.tokens),
-            cached_tokens={name: count * self._block_tokens for name, count in cached.by_worker.items()},
-            reachable_tokens=cached.num_reachable * self._block_tokens,
-            excluded=excluded,
-        )
-        return choose_route(views, facts)
+        return choose_route(views, route_input(spec, cached, self._block_tokens, self._excluded | self._full))
 
     async def _look_up(self) -> Cached:
         """Return who holds how much of the prompt, by the index."""
@@ -177,9 +170,7 @@ class SequenceRun:
             # Eight thousand blocks take ten milliseconds, in which no stream would go on.
             work = partial(block_hashes, root, prompt, self._block_tokens)
             self._hashes = await off_loop(len(prompt), work)
-        workers = {worker.name: worker.address for worker in parts.table.usable()}
-        stores = {store.name: store.address for store in parts.table.stores()}
-        return parts.prefixes.look_up(self._hashes, workers, stores)
+        return look_up(parts, self._hashes)
 
     def _note_drift(self, cached: Cached, first: TokenBatch) -> None:
         """Compare what the index promised with what was found; the last known token is never reused."""
@@ -319,10 +310,46 @@ class SequenceRun:
         return answer.is_accepted
 
     def _remaining_s(self) -> float:
-        remaining_s = (self._spec.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
-        if remaining_s <= 0:
-            raise DeadlineExceeded("the request's deadline passed before it could be sent on")
-        return remaining_s
+        return remaining_s(self._parts.clock, self._spec)
+
+
+def route_input(spec: SequenceSpec, cached: Cached, block_tokens: int, excluded: AbstractSet[str]) -> RouteInput:
+    """Return the facts of one decision.
+
+    Args:
+        spec: What is to be routed.
+        cached: Who holds how much of it.
+        block_tokens: Tokens per block.
+        excluded: Workers that have failed it, or have no room.
+    """
+    return RouteInput(
+        key=spec.sequence_id,
+        num_tokens=len(spec.tokens),
+        cached_tokens={name: count * block_tokens for name, count in cached.by_worker.items()},
+        reachable_tokens=cached.num_reachable * block_tokens,
+        excluded=frozenset(excluded),
+    )
+
+
+def look_up(parts: SequenceParts, hashes: tuple[BlockHash, ...]) -> Cached:
+    """Return who of those that answer now holds how much of a prompt, by the index."""
+    if parts.prefixes is None:
+        return NOTHING_CACHED
+    workers = {worker.name: worker.address for worker in parts.table.usable()}
+    stores = {store.name: store.address for store in parts.table.stores()}
+    return parts.prefixes.look_up(hashes, workers, stores)
+
+
+def remaining_s(clock: Clock, spec: SequenceSpec) -> float:
+    """Return how long a request has left.
+
+    Raises:
+        DeadlineExceeded: nothing.
+    """
+    left_s = (spec.deadline_unix_ms - clock.unix_ms()) / 1000
+    if left_s <= 0:
+        raise DeadlineExceeded("the request's deadline passed before it could be sent on")
+    return left_s
 
 
 def _is_dead(worker: Worker, error: HeadraceError) -> bool:
