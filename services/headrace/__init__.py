@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headrace.client.aio import AsyncClient, AsyncStream
+    from headrace.client.context import AsyncContext, AsyncContextAnswer
     from headrace.client.sync import Client, Stream
     from headrace.client.values import Answer, Choice, GenerateOptions, MemberInfo, Message, ModelInfo
+    from headrace.core.context import ContextState
     from headrace.core.request import FinishReason, Piece, Token, Usage
     from headrace.errors import (
         BlockLost,
         Cancelled,
         ConfigError,
+        ContextOverflow,
         DeadlineExceeded,
         Draining,
         HeadraceError,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
         PeerFailed,
         PeerMismatch,
         Saturated,
+        UnknownContext,
         UnknownModel,
     )
 
@@ -34,12 +38,16 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "AsyncClient",
+    "AsyncContext",
+    "AsyncContextAnswer",
     "AsyncStream",
     "BlockLost",
     "Cancelled",
     "Choice",
     "Client",
     "ConfigError",
+    "ContextOverflow",
+    "ContextState",
     "DeadlineExceeded",
     "Draining",
     "FinishReason",
@@ -58,6 +66,7 @@ __all__ = [
     "Saturated",
     "Stream",
     "Token",
+    "UnknownContext",
     "UnknownModel",
     "Usage",
     "__version__",
@@ -65,8 +74,10 @@ __all__ = [
 
 _HOMES = {
     "headrace.client.aio": ("AsyncClient", "AsyncStream"),
+    "headrace.client.context": ("AsyncContext", "AsyncContextAnswer"),
     "headrace.client.sync": ("Client", "Stream"),
     "headrace.client.values": ("Answer", "Choice", "GenerateOptions", "MemberInfo", "Message", "ModelInfo"),
+    "headrace.core.context": ("ContextState",),
     "headrace.core.request": ("FinishReason", "Piece", "Token", "Usage"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

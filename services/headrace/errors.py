@@ -3,7 +3,9 @@
 HeadraceError
 ├── ConfigError          refuse to start
 ├── InvalidRequest       INVALID_ARGUMENT     400  do not retry
-│   └── UnknownModel     NOT_FOUND            404  do not retry
+│   ├── UnknownModel     NOT_FOUND            404  do not retry
+│   ├── UnknownContext   NOT_FOUND            404  it was never there, has ended, or is another tenant's
+│   └── ContextOverflow  INVALID_ARGUMENT     400  prompt and answer are longer than the model's context
 ├── Overloaded           RESOURCE_EXHAUSTED   429  a tenant's quota; retry after the given time
 ├── Saturated            UNAVAILABLE          503  no capacity; retry after the given time
 ├── NotReady             UNAVAILABLE          503  retry elsewhere
@@ -66,6 +68,20 @@ class UnknownModel(InvalidRequest):
     code = "model_not_found"
     grpc_status = "NOT_FOUND"
     http_status = 404
+
+
+class UnknownContext(InvalidRequest):
+    """The named context is not kept here."""
+
+    code = "context_not_found"
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class ContextOverflow(InvalidRequest):
+    """Prompt and answer together are longer than the model's context; the message has the number of tokens."""
+
+    code = "context_length_exceeded"
 
 
 class Overloaded(HeadraceError):

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, Unpack, cast
 
 import grpc.aio
 
 from headrace.client import messages
 from headrace.client.attempts import Attempts
+from headrace.client.context import AsyncContext
+from headrace.client.context_link import ContextLink
 from headrace.client.fold import AnswerFold
 from headrace.client.rpc import (
     DEFAULT_ADDRESS,
@@ -21,9 +23,10 @@ from headrace.client.rpc import (
 from headrace.client.values import Answer, GenerateOptions, MemberInfo, Message, ModelInfo
 from headrace.core.request import Piece
 from headrace.errors import Cancelled, HeadraceError
-from headrace.v1 import router_pb2, router_pb2_grpc
+from headrace.v1 import ingestor_pb2, ingestor_pb2_grpc, router_pb2, router_pb2_grpc
 
 if TYPE_CHECKING:
+    from headrace.v1.ingestor_pb2_grpc import IngestorServiceAsyncStub
     from headrace.v1.router_pb2_grpc import RouterServiceAsyncStub
 
     StreamCall = grpc.aio.UnaryStreamCall[router_pb2.GenerateRequest, router_pb2.GenerateResponse]
@@ -57,6 +60,7 @@ class AsyncClient:
         self._metadata = metadata_of(tenant)
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._stub: RouterServiceAsyncStub = router_pb2_grpc.RouterServiceStub(self._channel)
+        self._contexts: IngestorServiceAsyncStub = ingestor_pb2_grpc.IngestorServiceStub(self._channel)
         self._closed = asyncio.Event()
 
     async def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Answer:
@@ -76,6 +80,35 @@ class AsyncClient:
     def stream_chat(self, chat: Iterable[Message], **options: Unpack[GenerateOptions]) -> "AsyncStream":
         """Answer a chat piece by piece."""
         return self._stream_of(messages.chat_request(chat, options), options)
+
+    def context(
+        self,
+        prefix: str = "",
+        *,
+        chat: Iterable[Message] | None = None,
+        mode: Literal["append", "update"] = "append",
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncContext:
+        """Begin a prompt whose context still arrives.
+
+        Args:
+            prefix: Text before the context.
+            chat: Messages before the context, which with the query becomes one more message of the user; an empty
+                list is a chat too. Without it the prompt is plain text.
+            mode: Whether text is only added, or segments may be replaced too.
+            options: How to answer; `timeout_s` counts from the opening.
+        """
+        opening = messages.context_request(prefix, chat, mode, options)
+
+        def connect(first: ingestor_pb2.StreamContextRequest, timeout_s: float) -> ContextLink:
+            return ContextLink(
+                self._address, lambda: self._contexts.StreamContext(timeout=timeout_s, metadata=self._metadata), first
+            )
+
+        def attempts() -> Attempts:
+            return Attempts(self._policy, options.get("timeout_s"))
+
+        return AsyncContext(connect, opening, attempts, self._pause)
 
     async def tokenize(self, source: str | Iterable[Message], model: str | None = None) -> tuple[int, ...]:
         """Return the tokens of a text, or of a chat rendered with the prompt for an answer."""

@@ -7,9 +7,12 @@ from google.protobuf.message import Message as ProtobufMessage
 
 from headrace.client.values import GenerateOptions, MemberInfo, Message, ModelInfo
 from headrace.errors import InvalidRequest
-from headrace.v1 import cluster_pb2, generate_pb2, router_pb2
+from headrace.v1 import cluster_pb2, generate_pb2, ingestor_pb2, router_pb2
 
 DEFAULT_TEMPERATURE = 1.0
+
+_MODES = {"append": ingestor_pb2.CONTEXT_MODE_APPEND, "update": ingestor_pb2.CONTEXT_MODE_UPDATE}
+_MOST_TIMEOUT_S = 4_000_000.0
 
 _CALL_OPTIONS = frozenset({"model", "stop", "n", "timeout_s", "request_id", "cache_salt", "cache_scope"})
 _OPTIONS = frozenset(GenerateOptions.__annotations__)
@@ -61,6 +64,58 @@ def detokenize_request(token_ids: Sequence[int], model: str | None) -> router_pb
     request = router_pb2.DetokenizeRequest(model=model or "")
     _put(request, "token_ids", "token_ids", token_ids)
     return request
+
+
+def context_request(
+    prefix: str, chat: Iterable[Message] | None, mode: str, options: GenerateOptions
+) -> ingestor_pb2.OpenContext:
+    """Open a context.
+
+    Raises:
+        InvalidRequest: an option is unknown or cannot be written, or both a prefix and a chat are given.
+    """
+    if mode not in _MODES:
+        raise InvalidRequest(f"mode is {mode!r}: it must be append or update", field="mode", limit="append or update")
+    opening = ingestor_pb2.OpenContext(mode=_MODES[mode])
+    if chat is not None:
+        if prefix:
+            raise InvalidRequest("give a prefix or a chat before the context, not both", field="prefix")
+        _put_chat(opening.request.chat, chat)
+    elif prefix:
+        _put(opening.request, "text", "prefix", prefix)
+    _fill(opening.request, options)
+    timeout_s = options.get("timeout_s")
+    if timeout_s is not None:
+        if not 0 < timeout_s < _MOST_TIMEOUT_S:
+            limit = f"above 0 and below {_MOST_TIMEOUT_S:g}"
+            raise InvalidRequest(f"timeout_s is {timeout_s}: it must be {limit}", field="timeout_s", limit=limit)
+        opening.timeout_ms = max(1, round(timeout_s * 1000))
+    return opening
+
+
+def segments_of(segments: Iterable[tuple[str, str | bytes]]) -> list[ingestor_pb2.ContextSegment]:
+    """Write segments; raises InvalidRequest for one that is no pair of a name and a text."""
+    written = []
+    for index, segment in enumerate(segments):
+        field = f"segments[{index}]"
+        try:
+            segment_id, text = segment
+        except (TypeError, ValueError):
+            raise InvalidRequest(f"{field} must be a pair of a name and a text", field=field) from None
+        message = ingestor_pb2.ContextSegment(text=utf8(text, f"{field}.text"))
+        _put(message, "id", f"{field}.id", segment_id)
+        written.append(message)
+    return written
+
+
+def utf8(text: str | bytes, field: str) -> bytes:
+    """Return text as bytes; raises InvalidRequest if it has none in UTF-8."""
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InvalidRequest(f"{field} cannot be sent: {error}", field=field) from None
 
 
 def model_of(card: router_pb2.ModelCard) -> ModelInfo:

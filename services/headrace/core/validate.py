@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from headrace.core.request import GenerationRequest, RequestId, SamplingParams
 from headrace.core.tenancy import DEFAULT_TENANT, CacheScope, Tenancy
-from headrace.errors import InvalidRequest
+from headrace.errors import ContextOverflow, InvalidRequest
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _SEED_RANGE = (-(2**63), 2**64 - 1)
@@ -190,10 +190,10 @@ def check_room(num_prompt: int, max_tokens: int, limits: RequestLimits, *, name:
     """Refuse an answer that does not fit behind its prompt.
 
     Raises:
-        InvalidRequest: prompt and answer together are longer than the context.
+        ContextOverflow: prompt and answer together are longer than the context.
     """
     if num_prompt + max_tokens > limits.max_context_tokens:
-        raise InvalidRequest(
+        raise ContextOverflow(
             f"prompt of {num_prompt} tokens and {name} of {max_tokens} make {num_prompt + max_tokens} "
             f"tokens; the context of {limits.model} holds {limits.max_context_tokens}",
             field=name,
@@ -210,11 +210,11 @@ def check_prompt_length(num_tokens: int, limits: RequestLimits, *, name: str = "
         name: What the client calls the prompt.
 
     Raises:
-        InvalidRequest: the prompt fills the context or more.
+        ContextOverflow: the prompt fills the context or more.
     """
     context = limits.max_context_tokens
     if num_tokens >= context:
-        raise InvalidRequest(
+        raise ContextOverflow(
             f"{name} has at least {num_tokens} tokens; the context of {limits.model} holds {context} for prompt "
             "and answer together",
             field=name,

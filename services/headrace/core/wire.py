@@ -7,6 +7,7 @@ answer and an unknown error is an InternalError that names the code.
 import math
 
 from headrace.core.block import HASH_BYTES, BlockHash, KvLayout
+from headrace.core.context import ContextState
 from headrace.core.holder import Holder
 from headrace.core.placement import Origin, Provenance, Tier
 from headrace.core.put_facts import PutFacts
@@ -22,7 +23,7 @@ from headrace.core.request import (
     Usage,
 )
 from headrace.errors import HeadraceError, InternalError, InvalidRequest, PeerMismatch, by_code
-from headrace.v1 import block_pb2, errors_pb2, generate_pb2, kvstore_pb2, pool_pb2, router_pb2
+from headrace.v1 import block_pb2, errors_pb2, generate_pb2, ingestor_pb2, kvstore_pb2, pool_pb2, router_pb2
 
 SHOWN_LEASE_CHARS = 8
 """Of the 32 that a lease's id has: 96 bits are left to guess."""
@@ -155,6 +156,30 @@ def token_from_proto(event: generate_pb2.TokenEvent) -> Token:
         # An empty generator costs as much as all the rest, for every token of every answer.
         top_logprobs=tuple((entry.token_id, entry.logprob) for entry in top) if top else (),
         finish=finish_from_proto(event.finish_reason),
+    )
+
+
+def context_state_to_proto(state: ContextState) -> ingestor_pb2.ContextState:
+    """Write how far a context is."""
+    return ingestor_pb2.ContextState(
+        applied_sequence=state.applied,
+        checkpoint_sequence=state.checkpoint,
+        prompt_tokens=state.num_tokens,
+        computed_tokens=state.num_computed,
+        is_closed=state.is_closed,
+        num_segments=state.num_segments,
+    )
+
+
+def context_state_from_proto(message: ingestor_pb2.ContextState) -> ContextState:
+    """Read how far a context is."""
+    return ContextState(
+        applied=message.applied_sequence,
+        checkpoint=message.checkpoint_sequence,
+        num_tokens=message.prompt_tokens,
+        num_computed=message.computed_tokens,
+        is_closed=message.is_closed,
+        num_segments=message.num_segments,
     )
 
 

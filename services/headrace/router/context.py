@@ -22,7 +22,7 @@ from headrace.router.sequence import (
     look_up,
     route_input,
 )
-from headrace.router.tokens import off_loop
+from headrace.runtime.off_loop import off_loop
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from headrace.errors import (
 from headrace.router.drift import HitDrift
 from headrace.router.policy import Route, RouteInput, choose_prefill, choose_route
 from headrace.router.prefixes import NOTHING_CACHED, Cached, Prefixes
-from headrace.router.tokens import off_loop
 from headrace.router.workers import Worker, WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
+from headrace.runtime.off_loop import off_loop
 from headrace.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 logger = logging.getLogger(__name__)

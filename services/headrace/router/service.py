@@ -7,6 +7,7 @@ from contextlib import aclosing
 import grpc.aio
 
 from headrace.clock import Clock
+from headrace.core.draft import draft_from_proto
 from headrace.core.request import ContextProgress
 from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
@@ -15,7 +16,8 @@ from headrace.errors import InvalidRequest
 from headrace.router.arriving import ArrivingContext
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
-from headrace.router.tokens import detokenize, off_loop, refuse_long_text
+from headrace.router.tokens import detokenize, refuse_long_text
+from headrace.runtime.off_loop import off_loop
 from headrace.v1 import generate_pb2, router_pb2, router_pb2_grpc
 
 
@@ -148,31 +150,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def _draft(
         self, request: router_pb2.GenerateRequest, prompt: list[int], tenant: str, timeout_s: float | None
     ) -> RequestDraft:
-        sampling = request.sampling
-        return RequestDraft(
-            request_id=request.request_id or "gen-" + secrets.token_hex(12),
-            prompt=prompt,
-            fresh_seed=secrets.randbits(64),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k if sampling.HasField("top_k") else None,
-            top_p=sampling.top_p if sampling.HasField("top_p") else None,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else None,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            logit_bias=dict(sampling.logit_bias),
-            max_tokens=sampling.max_tokens or None,
-            min_tokens=sampling.min_tokens,
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-            seed=sampling.seed if sampling.HasField("seed") else None,
-            logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
-            num_choices=request.num_choices or None,
-            stop=tuple(request.stop),
-            timeout_s=None if timeout_s is None else min(timeout_s, self._config.max_timeout_s),
-            cache_salt=request.cache_salt or None,
-            cache_scope=request.cache_scope or None,
+        return draft_from_proto(
+            request,
+            prompt,
             tenant=tenant,
+            timeout_s=None if timeout_s is None else min(timeout_s, self._config.max_timeout_s),
+            request_id="gen-" + secrets.token_hex(12),
+            fresh_seed=secrets.randbits(64),
         )
 
 

@@ -2,11 +2,15 @@
 
 import bisect
 
+from headrace.core.common_prefix import num_common
 from headrace.text.cuts import SafeCuts
 from headrace.text.model import TextModel
 
 PIECE_CHARS = 512
 """Most characters between cuts, where there are any: so much is encoded again around a change."""
+
+MAX_TAIL_CHARS = 4096
+"""Longest part behind the last cut that is encoded just to count its tokens."""
 
 
 class GrowingTokens:
@@ -61,7 +65,7 @@ class GrowingTokens:
         Returns:
             How many of the stable tokens from before are stable still, at least.
         """
-        num_same = _num_same(self._text, text)
+        num_same = num_common(self._text, text)
         num_cuts = max(1, bisect.bisect_right(self._places, num_same - self._cuts.margin))
         del self._places[num_cuts:], self._counts[num_cuts:]
         del self._stable[self._counts[-1] :]
@@ -71,18 +75,13 @@ class GrowingTokens:
         self.append(text[self._places[-1] :])
         return num_kept
 
+    def num_tokens(self) -> int:
+        """Return how many tokens the text has; at least so many, if its last part is long and has no cut."""
+        tail = self._text[self._places[-1] :]
+        # A text without a cut is encoded as a whole for each change of it: that must not cost seconds.
+        num_last = len(self._model.encode(tail)) if len(tail) <= MAX_TAIL_CHARS else self._model.min_num_tokens(tail)
+        return len(self._stable) + num_last
+
     def complete(self) -> list[int]:
         """Return the tokens of the whole text."""
         return self._stable + self._model.encode(self._text[self._places[-1] :])
-
-
-def _num_same(text: str, other: str) -> int:
-    """Return how many characters two texts begin with in common."""
-    low, high = 0, min(len(text), len(other))
-    while low < high:  # Slices compare a thousand times faster than characters do one by one.
-        middle = (low + high + 1) // 2
-        if text[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -36,6 +36,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """Both phases in one engine."""
     ROLE_KVSTORE: _Role.ValueType  # 5
     """Keeps KV blocks and their index."""
+    ROLE_INGESTOR: _Role.ValueType  # 6
+    """Keeps contexts that still arrive."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """What a process does."""
@@ -52,6 +54,8 @@ ROLE_HYBRID: Role.ValueType  # 4
 """Both phases in one engine."""
 ROLE_KVSTORE: Role.ValueType  # 5
 """Keeps KV blocks and their index."""
+ROLE_INGESTOR: Role.ValueType  # 6
+"""Keeps contexts that still arrive."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
@@ -213,6 +217,7 @@ class LoadReport(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     REUSE_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
+    INGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the process."""
     epoch: _builtins.str
@@ -259,6 +264,10 @@ class LoadReport(_message.Message):
     def store(self) -> Global___StoreReport:
         """What a kvstore keeps; absent for others."""
 
+    @_builtins.property
+    def ingest(self) -> Global___IngestReport:
+        """What an ingestor takes in; absent for others."""
+
     def __init__(
         self,
         *,
@@ -281,14 +290,69 @@ class LoadReport(_message.Message):
         cost: Global___StepCost | None = ...,
         reuse: Global___ReuseReport | None = ...,
         store: Global___StoreReport | None = ...,
+        ingest: Global___IngestReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "ledger", b"ledger", "reuse", b"reuse", "store", b"store"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost", "ingest", b"ingest", "ledger", b"ledger", "reuse", b"reuse", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "cost", b"cost", "epoch", b"epoch", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "reuse", b"reuse", "store", b"store", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_tokens", b"computed_tokens", "cost", b"cost", "epoch", b"epoch", "ingest", b"ingest", "is_draining", b"is_draining", "is_ready", b"is_ready", "ledger", b"ledger", "name", b"name", "not_ready_reason", b"not_ready_reason", "num_fds", b"num_fds", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_steps", b"num_steps", "num_tasks", b"num_tasks", "num_transfers", b"num_transfers", "num_waiting", b"num_waiting", "reuse", b"reuse", "store", b"store", "transferred_bytes", b"transferred_bytes", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class IngestReport(_message.Message):
+    """Contexts that still arrive. Counts are since the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_CHARS_FIELD_NUMBER: _builtins.int
+    NUM_OPENED_FIELD_NUMBER: _builtins.int
+    NUM_OPERATIONS_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    NUM_REVISIONS_FIELD_NUMBER: _builtins.int
+    SENT_TOKENS_FIELD_NUMBER: _builtins.int
+    DROPPED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_RESUMED_FIELD_NUMBER: _builtins.int
+    NUM_EXPIRED_FIELD_NUMBER: _builtins.int
+    text_chars: _builtins.int
+    """Characters of text kept now."""
+    num_opened: _builtins.int
+    """Contexts opened."""
+    num_operations: _builtins.int
+    """Operations carried out."""
+    num_refused: _builtins.int
+    """Operations refused."""
+    num_revisions: _builtins.int
+    """Revisions sent to routers: operations that come close together make one."""
+    sent_tokens: _builtins.int
+    """Tokens sent to routers."""
+    dropped_tokens: _builtins.int
+    """Tokens sent that a later revision took back."""
+    num_resumed: _builtins.int
+    """Calls that took a context up again."""
+    num_expired: _builtins.int
+    """Contexts that were given up because nobody came back or nothing came any more."""
+    def __init__(
+        self,
+        *,
+        text_chars: _builtins.int = ...,
+        num_opened: _builtins.int = ...,
+        num_operations: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        num_revisions: _builtins.int = ...,
+        sent_tokens: _builtins.int = ...,
+        dropped_tokens: _builtins.int = ...,
+        num_resumed: _builtins.int = ...,
+        num_expired: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_tokens", b"dropped_tokens", "num_expired", b"num_expired", "num_opened", b"num_opened", "num_operations", b"num_operations", "num_refused", b"num_refused", "num_resumed", b"num_resumed", "num_revisions", b"num_revisions", "sent_tokens", b"sent_tokens", "text_chars", b"text_chars"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IngestReport: _TypeAlias = IngestReport  # noqa: Y015
 
 @_typing.final
 class ReuseReport(_message.Message):

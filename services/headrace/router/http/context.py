@@ -7,7 +7,7 @@ from headrace.clock import Clock
 from headrace.core.tenancy import Tenancy
 from headrace.core.validate import RequestLimits
 from headrace.router.frontend import Frontend, ServedModel
-from headrace.router.tokens import INLINE_CHARS
+from headrace.runtime.off_loop import INLINE_CHARS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

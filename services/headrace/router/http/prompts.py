@@ -13,7 +13,7 @@ from headrace.router.frontend import ServedModel
 from headrace.router.http.bodies import Message, SamplingBody, refuse_unsupported
 from headrace.router.http.context import HttpContext
 from headrace.router.http.request_id import internal_id
-from headrace.router.tokens import off_loop
+from headrace.runtime.off_loop import off_loop
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 # `developer` is OpenAI's newer word for `system`; templates know only the old one.

@@ -1,0 +1,274 @@
+"""A prompt whose context still arrives, as the SDK shows it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TypeAlias, cast
+
+from headrace.client import messages
+from headrace.client.attempts import Attempts
+from headrace.client.context_link import ContextLink
+from headrace.client.fold import AnswerFold
+from headrace.client.values import Answer
+from headrace.core.context import ContextState
+from headrace.core.request import Piece
+from headrace.errors import HeadraceError, InvalidRequest, PeerFailed
+from headrace.v1 import ingestor_pb2
+
+LEAVE_S = 2.0
+"""Longest wait for an ingestor to hear that a context is abandoned; it finds out by itself later."""
+
+Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
+Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
+"""Returns a call that begins with a request and may take so many seconds."""
+
+
+class AsyncContext:
+    """A context that grows or changes while the model computes what is there; use it in `async with`.
+
+    Text is exactly what is sent: prefix, context and query are joined without anything between them. Every method
+    returns, or raises, when the cluster has carried the change out or refused it; one that is refused changes nothing,
+    and the context goes on. A connection that breaks is made anew. Leaving the block before the answer is complete
+    abandons the context.
+
+    Args:
+        connect: Makes a call.
+        opening: What to open it with.
+        attempts: Returns the attempts of one call, and how long all may take.
+        pause: Waits between two attempts.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        opening: ingestor_pb2.OpenContext,
+        attempts: Callable[[], Attempts],
+        pause: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self._connect = connect
+        self._first = ingestor_pb2.StreamContextRequest(open=opening)
+        self._new_attempts = attempts
+        self._pause = pause
+        self._whole = attempts()
+        self._link: ContextLink | None = None
+        self._sequence = 0
+        self._turn = asyncio.Lock()
+        self._cursor = 0
+        self._answer: AsyncContextAnswer | None = None
+        self._is_over = False
+
+    @property
+    def context_id(self) -> str:
+        """Its name in the cluster."""
+        return self._open_link().opened.context_id
+
+    @property
+    def model(self) -> str:
+        """Who will answer."""
+        return self._open_link().opened.model
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._open_link().opened.max_context_tokens
+
+    @property
+    def state(self) -> ContextState:
+        """How far it is, by what was heard last."""
+        return self._open_link().state
+
+    async def append(self, text: str | bytes, segment: str | None = None) -> ContextState:
+        """Add text at the end.
+
+        Args:
+            text: Bytes may be cut inside a character.
+            segment: Name of the part that it belongs to: the last one, as by default, or a new one.
+
+        Raises:
+            ContextOverflow: it does not fit the model's context.
+            HeadraceError: it was refused, or the context is lost.
+        """
+        operation = ingestor_pb2.ContextOperation()
+        operation.append.text = messages.utf8(text, "text")
+        operation.append.segment_id = segment or ""
+        return await self._operate(operation)
+
+    async def replace(self, from_segment: str, segments: Segments) -> ContextState:
+        """Put others in the place of one segment and all behind it; in mode "update". Raises as `append`."""
+        operation = ingestor_pb2.ContextOperation()
+        operation.replace.from_segment_id = from_segment
+        operation.replace.segments.extend(messages.segments_of(segments))
+        return await self._operate(operation)
+
+    async def update(self, segments: Segments) -> ContextState:
+        """Put others in the place of all segments; in mode "update". Raises as `append`."""
+        operation = ingestor_pb2.ContextOperation()
+        operation.update.SetInParent()
+        operation.update.segments.extend(messages.segments_of(segments))
+        return await self._operate(operation)
+
+    async def checkpoint(self) -> ContextState:
+        """Wait until all that was sent is computed, as far as it can be before the close. Raises as `append`."""
+        operation = ingestor_pb2.ContextOperation()
+        operation.checkpoint.SetInParent()
+        await self._operate(operation)
+        sequence = operation.sequence
+        while True:
+            try:
+                link = await self._linked()
+                await link.until(lambda state: state.checkpoint >= sequence)
+                return link.state
+            except HeadraceError as error:
+                await self._lose(error)
+
+    def close(self, query: str = "") -> "AsyncContextAnswer":
+        """End the context with the text that follows it and return its answer, to be iterated.
+
+        A close that is refused, as when the query does not fit, raises from the first step of the answer; the context
+        is open still.
+        """
+        operation = ingestor_pb2.ContextOperation()
+        operation.close.query = query
+        return AsyncContextAnswer(self._next_piece, lambda: self._operate(operation), self._whole)
+
+    async def abandon(self) -> None:
+        """Drop the context and its answer; quiet when it is gone already."""
+        if self._link is None or self._is_over:
+            return
+        self._is_over = True
+        operation = ingestor_pb2.ContextOperation(sequence=self._sequence + 1)
+        operation.abandon.SetInParent()
+        with contextlib.suppress(HeadraceError, TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._link.operate(operation)
+
+    async def watch(self) -> AsyncIterator[ContextState]:
+        """Yield how far it is, now and at every change, until the first token of the answer is there."""
+        shown: ContextState | None = None
+        while not self._is_over and not self._cursor:
+            link = self._open_link()
+            changed = link.changed
+            if link.state != shown:
+                shown = link.state
+                yield shown
+            await changed.wait()
+
+    async def __aenter__(self) -> "AsyncContext":
+        attempts = self._new_attempts()
+        while True:
+            try:
+                await self._linked()
+                return self
+            except HeadraceError as error:
+                await self._drop()
+                await self._pause(attempts.pause_s(error))
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.abandon()
+        await self._drop()
+
+    # -- Carrying on over broken calls ---------------------------------------------
+
+    def _open_link(self) -> ContextLink:
+        if self._link is None:
+            raise InvalidRequest("the context is not open: use it in `async with`", field="context")
+        return self._link
+
+    async def _linked(self) -> ContextLink:
+        """Return the call, making it if there is none."""
+        if self._link is None:
+            link = self._connect(self._first, self._whole.remaining_s())
+            self._link = link
+            await link.open()
+            resume = ingestor_pb2.ResumeContext(context_id=link.opened.context_id)
+            self._first = ingestor_pb2.StreamContextRequest(resume=resume)
+        return self._link
+
+    async def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+
+    async def _lose(self, error: HeadraceError) -> None:
+        """Take up the context after its call failed; raise `error` if that does not help."""
+        attempts = self._new_attempts()
+        while True:
+            await self._pause(attempts.pause_s(error))
+            await self._drop()
+            self._first.resume.cursor = self._cursor
+            try:
+                await self._linked()
+                return
+            except HeadraceError as again:
+                error = again
+
+    async def _operate(self, operation: ingestor_pb2.ContextOperation) -> ContextState:
+        async with self._turn:
+            self._open_link()
+            self._sequence += 1
+            operation.sequence = self._sequence
+            while True:
+                try:
+                    link = await self._linked()
+                    refusal = await link.operate(operation)
+                    break
+                except HeadraceError as error:
+                    await self._lose(error)
+            if refusal is not None:
+                raise refusal
+            return link.state
+
+    async def _next_piece(self) -> ingestor_pb2.ContextPiece:
+        while True:
+            try:
+                link = await self._linked()
+                piece = await link.piece()
+                if piece is None:
+                    raise PeerFailed("the call for the context has ended before its answer did")
+            except HeadraceError as error:
+                await self._lose(error)
+                continue
+            self._cursor = piece.cursor
+            if piece.piece.finish_reason:
+                self._is_over = True
+            return piece
+
+
+class AsyncContextAnswer:
+    """The pieces of the answer to a context as they arrive; iterate it, ask it for the whole `answer`, or both.
+
+    The context is closed by the first of these; times count from there.
+    """
+
+    def __init__(
+        self,
+        next_piece: Callable[[], Awaitable[ingestor_pb2.ContextPiece]],
+        close: Callable[[], Awaitable[object]],
+        clock: Attempts,
+    ) -> None:
+        self._next_piece = next_piece
+        self._close = close
+        self._clock = clock
+        self._fold: AnswerFold | None = None
+        self._answer: Answer | None = None
+
+    def __aiter__(self) -> "AsyncContextAnswer":
+        return self
+
+    async def __anext__(self) -> Piece:
+        if self._fold is None:
+            fold = AnswerFold(1, self._clock.now_s())
+            await self._close()
+            self._fold = fold
+        if self._fold.is_complete:
+            raise StopAsyncIteration
+        response = await self._next_piece()
+        return self._fold.add(response.piece, self._clock.now_s())
+
+    async def answer(self) -> Answer:
+        """Take in the rest and return the whole answer."""
+        async for _ in self:
+            pass
+        if self._answer is None:
+            self._answer = cast(AnswerFold, self._fold).answer(self._clock.now_s())
+        return self._answer

@@ -1,0 +1,145 @@
+"""One call for a context: operations out, states and pieces in."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import grpc.aio
+
+from headrace.client.rpc import typed_errors
+from headrace.core.context import ContextState
+from headrace.core.wire import context_state_from_proto, error_from_detail
+from headrace.errors import HeadraceError, InternalError, PeerFailed
+from headrace.v1 import ingestor_pb2
+
+if TYPE_CHECKING:
+    ContextCall: TypeAlias = grpc.aio.StreamStreamCall[
+        ingestor_pb2.StreamContextRequest, ingestor_pb2.StreamContextResponse
+    ]
+
+
+class ContextLink:
+    """Owns one call, which may break off; the context is still there then.
+
+    Args:
+        address: Whom the call goes to.
+        begin: Begins it.
+        first: Opens a context or takes one up again.
+
+    Attributes:
+        opened: What the ingestor said of the context; after `open`.
+        state: The last that was heard.
+        changed: Set, and replaced, whenever something was heard.
+    """
+
+    def __init__(
+        self, address: str, begin: "Callable[[], ContextCall]", first: ingestor_pb2.StreamContextRequest
+    ) -> None:
+        self.opened = ingestor_pb2.ContextOpened()
+        self.state = ContextState()
+        self.changed = asyncio.Event()
+        self._address = address
+        self._begin = begin
+        self._first = first
+        self._call: ContextCall | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._refusals: dict[int, HeadraceError] = {}
+        self._pieces: list[ingestor_pb2.ContextPiece] = []
+        self._end: HeadraceError | None = None
+        self._has_ended = False
+
+    async def open(self) -> None:
+        """Make the call and wait for its first response.
+
+        Raises:
+            HeadraceError: it was refused, or failed.
+        """
+        with typed_errors(self._address):
+            self._call = self._begin()
+        self._reading = asyncio.create_task(self._read(self._call))
+        await self._send(self._first)
+        await self._until(lambda: bool(self.opened.context_id))
+
+    async def operate(self, operation: ingestor_pb2.ContextOperation) -> HeadraceError | None:
+        """Have an operation carried out; return why it was refused, if it was.
+
+        Raises:
+            HeadraceError: the call has failed.
+        """
+        await self._send(ingestor_pb2.StreamContextRequest(operation=operation))
+        sequence = operation.sequence
+        await self._until(lambda: sequence in self._refusals or self.state.applied >= sequence)
+        return self._refusals.pop(sequence, None)
+
+    async def until(self, is_reached: Callable[[ContextState], bool]) -> None:
+        """Wait for a state.
+
+        Raises:
+            HeadraceError: the call has failed, or ended before.
+        """
+        await self._until(lambda: is_reached(self.state))
+
+    async def piece(self) -> ingestor_pb2.ContextPiece | None:
+        """Return the next piece of the answer; None when the call has ended.
+
+        Raises:
+            HeadraceError: the call has failed.
+        """
+        while not self._pieces:
+            if self._has_ended:
+                if self._end is not None:
+                    raise self._end
+                return None
+            await self.changed.wait()
+        return self._pieces.pop(0)
+
+    async def close(self) -> None:
+        """End the call, whatever is under way."""
+        if self._call is not None:
+            self._call.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+
+    async def _send(self, request: ingestor_pb2.StreamContextRequest) -> None:
+        if self._call is None:
+            raise InternalError("the call was not opened")
+        try:
+            with typed_errors(self._address):
+                await self._call.write(request)
+        except (HeadraceError, asyncio.InvalidStateError):
+            # The call has ended: whoever reads it learns why.
+            await self._until(lambda: False)
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            if self._has_ended:
+                raise self._end or PeerFailed("the call for the context has ended", worker=self._address)
+            await self.changed.wait()
+
+    async def _read(self, call: "ContextCall") -> None:
+        try:
+            with typed_errors(self._address):
+                async for response in call:
+                    self._take(response)
+                    self._notify()
+        except HeadraceError as error:
+            self._end = error
+        finally:
+            self._has_ended = True
+            self._notify()
+
+    def _take(self, response: ingestor_pb2.StreamContextResponse) -> None:
+        match response.WhichOneof("event"):
+            case "opened":
+                self.opened = response.opened
+            case "state":
+                self.state = context_state_from_proto(response.state)
+            case "refused":
+                self._refusals[response.refused.sequence] = error_from_detail(response.refused.error)
+            case "piece":
+                self._pieces.append(response.piece)
+
+    def _notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()

@@ -1,0 +1,1 @@
+"""Ingestor: contexts that still arrive, as text."""

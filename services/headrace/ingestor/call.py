@@ -1,0 +1,130 @@
+"""One client's call for a context: its operations in, what becomes of them out."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TypeAlias
+
+from headrace.core.context import Abandon, ContextState
+from headrace.core.wire import context_state_to_proto, error_to_detail, piece_to_proto
+from headrace.errors import HeadraceError, InvalidRequest
+from headrace.ingestor.session import Session
+from headrace.ingestor.wire import operation_from_proto
+from headrace.v1 import ingestor_pb2
+
+logger = logging.getLogger(__name__)
+
+Requests: TypeAlias = AsyncIterator[ingestor_pb2.StreamContextRequest]
+
+
+class ContextCall:
+    """Stands between one call and the session that it is for.
+
+    Args:
+        session: The context.
+        cursor: Pieces of the answer that the client has.
+        tasks: Outlives every call.
+    """
+
+    def __init__(self, session: Session, cursor: int, tasks: asyncio.TaskGroup) -> None:
+        self._session = session
+        self._cursor = cursor
+        self._tasks = tasks
+        self._refused: deque[ingestor_pb2.OperationRefused] = deque()
+        self._error: HeadraceError | None = None
+        self._has_all = False
+        self._is_busy = False
+        self._has_abandoned = False
+
+    async def responses(self, requests: Requests) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
+        """Yield what happens, until the answer is complete or the client has no more to say of an open context.
+
+        Raises:
+            HeadraceError: the context has failed, or the call makes no sense.
+        """
+        session = self._session
+        session.attach()
+        reading = self._tasks.create_task(self._read(requests))
+        try:
+            yield ingestor_pb2.StreamContextResponse(opened=_opened(session))
+            shown: ContextState | None = None
+            while True:
+                changed = session.changed
+                while self._refused:
+                    yield ingestor_pb2.StreamContextResponse(refused=self._refused.popleft())
+                state = session.state()
+                # Not in the midst of an operation of this call, which may be refused yet.
+                if state != shown and not self._is_busy:
+                    yield ingestor_pb2.StreamContextResponse(state=context_state_to_proto(state))
+                    shown = state
+                while self._cursor < len(session.pieces):
+                    yield ingestor_pb2.StreamContextResponse(piece=self._next_piece())
+                if self._is_over():
+                    return
+                if not (self._refused or changed.is_set()):
+                    await changed.wait()
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+            session.detach()
+
+    def _next_piece(self) -> ingestor_pb2.ContextPiece:
+        session = self._session
+        piece = session.pieces[self._cursor]
+        model = session.opening.limits.model if self._cursor == 0 else ""
+        self._cursor += 1
+        return ingestor_pb2.ContextPiece(
+            cursor=self._cursor, piece=piece_to_proto(piece, session.opening.request.request_id, model)
+        )
+
+    def _is_over(self) -> bool:
+        """Return whether nothing more is to be said.
+
+        Raises:
+            HeadraceError: for a reason.
+        """
+        session = self._session
+        if self._refused or self._cursor < len(session.pieces):
+            return False
+        for error in (session.failure, self._error):
+            if error is not None and not self._has_abandoned:
+                raise error
+        return session.has_ended or (self._has_all and not session.is_closed)
+
+    async def _read(self, requests: Requests) -> None:
+        try:
+            async for request in requests:
+                if not request.HasField("operation"):
+                    raise InvalidRequest("the call has its context already: operations follow", field="operation")
+                await self._carry_out(request.operation)
+        except HeadraceError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001 what gRPC raises when a call ends under its reader is not public
+            logger.info("call broke off", extra={"error": repr(error)})
+        self._has_all = True
+        self._session.notify()
+
+    async def _carry_out(self, message: ingestor_pb2.ContextOperation) -> None:
+        operation = operation_from_proto(message)
+        self._is_busy = True
+        try:
+            refusal = await self._session.apply(message.sequence, operation)
+            if refusal is not None:
+                refused = ingestor_pb2.OperationRefused(sequence=message.sequence, error=error_to_detail(refusal))
+                self._refused.append(refused)
+            elif isinstance(operation, Abandon):
+                self._has_abandoned = True
+        finally:
+            self._is_busy = False
+        self._session.notify()
+
+
+def _opened(session: Session) -> ingestor_pb2.ContextOpened:
+    opening = session.opening
+    return ingestor_pb2.ContextOpened(
+        context_id=opening.context_id,
+        model=opening.limits.model,
+        max_context_tokens=opening.limits.max_context_tokens,
+        is_chat=opening.is_chat,
+    )

@@ -1,0 +1,345 @@
+"""One context while it arrives, and its answer."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+from headrace.core.common_prefix import num_common
+from headrace.core.context import (
+    Abandon,
+    Append,
+    Checkpoint,
+    Close,
+    ContextId,
+    ContextMode,
+    ContextState,
+    Operation,
+    Replace,
+)
+from headrace.core.request import Piece
+from headrace.core.validate import RequestLimits, check_prompt_length, check_room
+from headrace.errors import Cancelled, HeadraceError, InternalError, InvalidRequest
+from headrace.ingestor.parts import IngestParts
+from headrace.ingestor.prompt import PromptText
+from headrace.ingestor.segments import SegmentedText
+from headrace.runtime.off_loop import off_loop
+from headrace.text.growing import GrowingTokens
+from headrace.v1 import router_pb2
+
+logger = logging.getLogger(__name__)
+
+_Render: TypeAlias = Callable[[], str]
+
+
+class SequenceGap(InvalidRequest):
+    """Operations were lost on the way: the call is over, the context is as it was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What a context was opened with, checked.
+
+    Attributes:
+        context_id: Its name.
+        tenant: Whose it is.
+        request: For the router, without a prompt; with a seed, so that an answer can be repeated.
+        mode: How it may change.
+        limits: Of the model.
+        deadline_unix_ms: Clock end of its answer.
+        is_unattended: Whether calls come and go.
+        is_chat: Whether a chat is answered.
+        prompt: Puts it into its prompt.
+    """
+
+    context_id: ContextId
+    tenant: str
+    request: router_pb2.GenerateRequest
+    mode: ContextMode
+    limits: RequestLimits
+    deadline_unix_ms: int
+    is_unattended: bool
+    is_chat: bool
+    prompt: PromptText
+
+
+class Session:
+    """Owns the text and the tokens of one context, and the pieces of its answer.
+
+    Operations are carried out one after the other; one that is refused changes nothing. Whoever waits for changes
+    takes `changed` first, then looks, then waits for it.
+
+    Args:
+        opening: What it was opened with.
+        parts: What all contexts share.
+
+    Attributes:
+        opening: What it was opened with.
+        changed: Set, and replaced, at every change.
+        known: Tokens that the router may have: those that are stable, or all once it is closed. Never changed in
+            place.
+        is_closed: Whether no text follows.
+        pieces: Of the answer.
+        failure: Why it has ended before its answer was complete.
+        num_calls: Calls that are there for it.
+        left_s: When the last call left.
+        active_s: When the last operation came.
+        ended_s: When it ended; None before.
+        on_end: Called then, once.
+    """
+
+    def __init__(self, opening: Opening, parts: IngestParts) -> None:
+        self.opening = opening
+        self.changed = asyncio.Event()
+        self.known: list[int] = []
+        self.is_closed = False
+        self.pieces: list[Piece] = []
+        self.failure: HeadraceError | None = None
+        self.num_calls = 0
+        self.left_s = self.active_s = parts.clock.now()
+        self.ended_s: float | None = None
+        self.on_end: Callable[[], object] = lambda: None
+        self._parts = parts
+        self._growing = GrowingTokens(parts.model, parts.cuts)
+        self._turn = asyncio.Lock()
+        self._segments = SegmentedText()
+        self._applied = 0
+        self._refusal: HeadraceError | None = None
+        self._num_tokens = self._num_fixed = 0
+        self._num_computed = 0
+        self._checkpoints: list[tuple[int, int]] = []
+        self._reached = 0
+
+    async def begin(self) -> None:
+        """Take what stands before the context.
+
+        Raises:
+            InvalidRequest: it is too long.
+        """
+        await self._take(self._segments)
+        self._num_fixed = len(self.known)
+
+    @property
+    def num_final(self) -> int:
+        """Leading tokens of `known` that no later change touches."""
+        return len(self.known) if self.opening.mode is ContextMode.APPEND else self._num_fixed
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing becomes of it any more."""
+        return self.ended_s is not None
+
+    def state(self) -> ContextState:
+        """Return how far it is."""
+        return ContextState(
+            applied=self._applied,
+            checkpoint=self._reached,
+            num_tokens=self._num_tokens,
+            num_computed=self._num_computed,
+            is_closed=self.is_closed,
+            num_segments=len(self._segments.ids),
+        )
+
+    def notify(self) -> None:
+        """Wake whoever waits for a change."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+    # -- Operations --------------------------------------------------------------
+
+    async def apply(self, sequence: int, operation: Operation) -> HeadraceError | None:
+        """Carry an operation out; return why it was refused, if it was.
+
+        Raises:
+            SequenceGap: operations before it are missing.
+        """
+        # A task of its own: a call that ends in the midst must not leave half an operation behind.
+        outcome = await asyncio.shield(self._parts.tasks.create_task(self._in_turn(sequence, operation)))
+        if isinstance(outcome, SequenceGap):
+            raise outcome
+        return outcome
+
+    async def _in_turn(self, sequence: int, operation: Operation) -> HeadraceError | None:
+        async with self._turn:
+            if sequence > self._applied + 1:
+                return SequenceGap(
+                    f"operation {sequence} came after {self._applied}",
+                    field="operation.sequence",
+                    limit=f"{self._applied + 1}",
+                )
+            if sequence <= self._applied:
+                return self._refusal if sequence == self._applied else None
+            outcome = await self._carry_out(sequence, operation)
+            self._refusal, self._applied = outcome, sequence
+            self.active_s = self._parts.clock.now()
+            self._parts.counts.operations += 1
+            self._parts.counts.refused += outcome is not None
+            self._look_at_checkpoints()
+            self.notify()
+            return outcome
+
+    async def _carry_out(self, sequence: int, operation: Operation) -> HeadraceError | None:
+        try:
+            match operation:
+                case Append():
+                    self._refuse_late()
+                    self._refuse_large(len(operation.text))
+                    await self._take(self._segments.append(operation))
+                case Replace():
+                    self._refuse_late()
+                    if self.opening.mode is not ContextMode.UPDATE:
+                        raise InvalidRequest("the context was opened to append only", field="mode", limit="update")
+                    self._refuse_large(sum(len(segment.text) for segment in operation.segments))
+                    await self._take(self._segments.replace(operation))
+                case Checkpoint():
+                    self._checkpoints.append((sequence, len(self.known)))
+                case Close():
+                    self._refuse_late()
+                    self._refuse_large(len(operation.query))
+                    await self._close(operation.query)
+                case Abandon():
+                    self.end(Cancelled("the context was abandoned"))
+                case _:
+                    assert_never(operation)
+        except HeadraceError as error:
+            return error
+        except Exception:  # noqa: BLE001 a bug in one context must not end the ingestor's task group
+            logger.exception("operation failed", extra={"context_id": self.opening.context_id[:16]})
+            self.end(InternalError("the ingestor failed on this context; its log has the cause"))
+            return self.failure
+        return None
+
+    def _refuse_late(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.is_closed:
+            raise InvalidRequest("the context is closed: nothing can be changed any more", field="operation")
+
+    def _refuse_large(self, size: int) -> None:
+        limit = self._parts.config.max_chunk_bytes
+        if size > limit:
+            raise InvalidRequest(
+                f"the operation has {size} bytes of text; send it in parts of at most {limit}",
+                field="operation",
+                limit=f"{limit} bytes",
+            )
+
+    async def _take(self, segments: SegmentedText) -> None:
+        """Make these the context."""
+        if len(segments.ids) > self._parts.config.max_segments:
+            limit = str(self._parts.config.max_segments)
+            raise InvalidRequest(f"a context has at most {limit} segments", field="segments", limit=limit)
+        text = await self._fitting(lambda: self.opening.prompt.begun(segments.text), segments.text)
+        before = self._growing.text
+        num_tokens = await off_loop(_num_new(before, text), lambda: self._grow(text))
+        try:
+            self._refuse_late()
+            self._check_room(num_tokens)
+            self._parts.room.resize(self.opening.context_id, len(text))
+        except HeadraceError:
+            await off_loop(_num_new(text, before), lambda: self._growing.replace(before))
+            raise
+        self._segments, self._num_tokens = segments, num_tokens
+        self._know(list(self._growing.stable))
+
+    async def _close(self, query: str) -> None:
+        context = self._segments.whole()
+        text = await self._fitting(lambda: self.opening.prompt.whole(context, query), context)
+        before = self._growing.text
+        tokens = await off_loop(_num_new(before, text), lambda: self._complete(text))
+        try:
+            self._refuse_late()
+            if not tokens:
+                raise InvalidRequest("a closed context needs at least 1 token", field="close.query")
+            self._check_room(len(tokens))
+        except HeadraceError:
+            await off_loop(_num_new(text, before), lambda: self._growing.replace(before))
+            raise
+        self._know(tokens)
+        self._num_tokens, self.is_closed = len(tokens), True
+        # Nothing is asked of the text any more.
+        self._segments = SegmentedText()
+        self._growing.replace("")
+        self._parts.room.forget(self.opening.context_id)
+
+    async def _fitting(self, render: _Render, context: str) -> str:
+        """Return the prompt of a context, refused before time goes into tokens if it cannot fit."""
+        limit = self._parts.config.max_context_chars
+        if len(context) > limit:
+            raise InvalidRequest(
+                f"the context has {len(context)} characters", field="operation", limit=f"{limit} characters"
+            )
+        text = await off_loop(len(context), render)
+        check_prompt_length(self._parts.model.min_num_tokens(text), self.opening.limits, name="the context")
+        return text
+
+    def _grow(self, text: str) -> int:
+        self._growing.replace(text)
+        return self._growing.num_tokens()
+
+    def _complete(self, text: str) -> list[int]:
+        self._growing.replace(text)
+        return self._growing.complete()
+
+    def _check_room(self, num_tokens: int) -> None:
+        check_room(num_tokens, max(1, self.opening.request.sampling.max_tokens), self.opening.limits)
+
+    def _know(self, tokens: list[int]) -> None:
+        if tokens != self.known:
+            self._num_computed = min(self._num_computed, num_common(self.known, tokens))
+            self.known = tokens
+
+    # -- What the router brings ----------------------------------------------------
+
+    def note_computed(self, known: list[int], num_computed: int) -> None:
+        """Take note that so many leading tokens of what was known are computed."""
+        if known is not self.known:
+            num_computed = min(num_computed, num_common(known, self.known))
+        self._num_computed = num_computed
+        self._look_at_checkpoints()
+        self.notify()
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece of the answer; the last one ends the context."""
+        self.pieces.append(piece)
+        self._num_computed = len(self.known)
+        if piece.finish is not None:
+            self.end(None)
+        else:
+            self.notify()
+
+    def _look_at_checkpoints(self) -> None:
+        """Note those that are reached: of an open prompt the last known token is never computed."""
+        while self._checkpoints:
+            sequence, goal = self._checkpoints[0]
+            if self._num_computed < min(goal, len(self.known)) - 1:
+                return
+            self._reached = sequence
+            del self._checkpoints[0]
+
+    # -- Calls and the end ---------------------------------------------------------
+
+    def attach(self) -> None:
+        """Take note of a call."""
+        self.num_calls += 1
+
+    def detach(self) -> None:
+        """Take note that a call has left."""
+        self.num_calls -= 1
+        self.left_s = self._parts.clock.now()
+
+    def end(self, failure: HeadraceError | None) -> None:
+        """End it: with its answer complete, or for a reason."""
+        if self.ended_s is None:
+            self.ended_s = self._parts.clock.now()
+            self.failure = failure
+            self._segments = SegmentedText()
+            self._parts.room.forget(self.opening.context_id)
+            self.on_end()
+            self.notify()
+
+
+def _num_new(before: str, text: str) -> int:
+    """Return how many characters are to be encoded when a text takes another's place."""
+    return len(text) - num_common(before, text)

@@ -1,0 +1,96 @@
+"""An ingestor in this process, before a router that may be a script; gRPC runs over loopback."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.clock import Clock, WallClock
+from headrace.errors import Draining
+from headrace.ingestor.config import IngestorConfig
+from headrace.ingestor.parts import IngestParts, TextRoom
+from headrace.ingestor.routers import Routers
+from headrace.ingestor.service import IngestorServicer
+from headrace.ingestor.sessions import Sessions
+from headrace.router.config import RouterConfig
+from headrace.router.frontend import Frontend
+from headrace.router.service import RouterServicer
+from headrace.runtime.channels import Channels
+from headrace.runtime.server import GrpcServer
+from headrace.text.model import TextModel
+from headrace.v1 import ingestor_pb2_grpc, router_pb2, router_pb2_grpc
+
+NEW_WORK = ("/headrace.v1.RouterService/Generate", "/headrace.v1.RouterService/GenerateContext")
+
+
+@asynccontextmanager
+async def serve_frontend(frontend: Frontend, port: int = 0, clock: Clock | None = None) -> AsyncIterator[GrpcServer]:
+    """Serve the router's gRPC front door before any frontend."""
+    config = RouterConfig(workers=("127.0.0.1:1",), model=Path())
+    servicer = RouterServicer(frontend, router_pb2.GetClusterResponse, config, clock or WallClock())
+    server = GrpcServer("router", "127.0.0.1", port, new_work=NEW_WORK)
+    server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, servicer)
+    await server.start()
+    await server.set_ready(is_ready=True)
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ingestor:
+    """An ingestor and how to reach it."""
+
+    sessions: Sessions
+    parts: IngestParts
+    server: GrpcServer
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC server."""
+        return self.server.address
+
+
+@asynccontextmanager
+async def open_ingestor(
+    model: TextModel, routers: Sequence[str], *, clock: Clock | None = None, **settings: object
+) -> AsyncIterator[Ingestor]:
+    """Run an ingestor on loopback.
+
+    Args:
+        model: Tokenizer of what the routers serve.
+        routers: host:port of each.
+        clock: The machine's by default; sweep by hand with another.
+        settings: Of `IngestorConfig`.
+    """
+    config = IngestorConfig(model=Path(), routers=tuple(routers), **settings)  # type: ignore[arg-type]
+    seeds = itertools.count(1)
+    async with AsyncExitStack() as stack:
+        channels = await stack.enter_async_context(Channels())
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        parts = IngestParts(
+            config=config,
+            model=model,
+            cuts=model.cuts(),
+            routers=Routers(config.routers, channels),
+            clock=clock or WallClock(),
+            tasks=tasks,
+            entropy=lambda: next(seeds),
+            room=TextRoom(config.max_text_chars),
+        )
+        sessions = Sessions(parts)
+        server = GrpcServer(config.name, "127.0.0.1", 0, new_work=("/headrace.v1.IngestorService/StreamContext",))
+        server.add(ingestor_pb2_grpc.add_IngestorServiceServicer_to_server, IngestorServicer(sessions, parts))
+        await server.start()
+        await server.set_ready(is_ready=True)
+        sweeping = tasks.create_task(sessions.keep_sweeping())
+        try:
+            yield Ingestor(sessions=sessions, parts=parts, server=server)
+        finally:
+            sweeping.cancel()
+            sessions.end_all(lambda: Draining("the test is over"))
+            await sessions.idle()
+            await server.stop()
