@@ -34,7 +34,7 @@ from headrace.errors import ConfigError
 
 T = TypeVar("T")
 
-SECTIONS = frozenset({"router", "worker", "kvstore", "run", "client"})
+SECTIONS = frozenset({"router", "worker", "kvstore", "ingestor", "run", "client"})
 """Sections a file may hold; each process reads its own and refuses unknown ones."""
 
 

@@ -16,6 +16,7 @@ from headrace.cli.ports import Ports
 from headrace.cli.private_file import kept_secret, write_private
 from headrace.errors import ConfigError
 from headrace.index.connection import RedisConfig
+from headrace.ingestor.config import IngestorConfig
 from headrace.kvstore.config import KvStoreConfig
 from headrace.router.config import RouterConfig
 from headrace.settings import Between, load, parse_assignments
@@ -48,6 +49,7 @@ class RunConfig:
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
         kvstores: Number of kvstores.
+        ingestors: Number of ingestors; without one no contexts are taken in.
         ready_timeout_s: Longest time until the cluster answers.
         redis_url: Redis or Valkey server that the services share; None starts one of the cluster's own.
         redis_port: First port tried for that.
@@ -60,6 +62,7 @@ class RunConfig:
     http_port: FirstPort = 8000
     grpc_port: FirstPort = 50051
     kvstores: Annotated[int, Between(1, MOST_WORKERS)] = 1
+    ingestors: Annotated[int, Between(0, MOST_WORKERS)] = 1
     ready_timeout_s: float = 120.0
     redis_url: str | None = None
     redis_port: FirstPort = 6379
@@ -100,6 +103,7 @@ class Layout:
         http_port: First port tried for HTTP.
         grpc_port: First port tried for gRPC.
         kvstores: Number of kvstores.
+        ingestors: Number of ingestors.
         redis_url: Redis that the services share; None starts one.
         redis_port: First port tried for that.
         overrides: Per section or process name, dotted field to text.
@@ -113,6 +117,7 @@ class Layout:
     http_port: int
     grpc_port: int
     kvstores: int
+    ingestors: int
     redis_url: str | None
     redis_port: int
     overrides: dict[str, dict[str, str]]
@@ -130,7 +135,8 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         ConfigError: the workers, the model or an assignment make no sense.
     """
     roles = _roles(config.workers)
-    names = {"router", "kvstore", "worker", *_store_names(config.kvstores), *_names(roles)}
+    singles = {"router", *_numbered("kvstore", config.kvstores), *_numbered("ingestor", config.ingestors)}
+    names = {"kvstore", "ingestor", "worker", *singles, *_names(roles)}
     model = (config.model or bundled_model()).resolve()
     if not model.exists():
         raise ConfigError(f"the model {model} does not exist; pass --model PATH", field="model")
@@ -142,6 +148,7 @@ def plan(config: RunConfig, assignments: Sequence[str]) -> Layout:
         http_port=config.http_port,
         grpc_port=config.grpc_port,
         kvstores=config.kvstores,
+        ingestors=config.ingestors,
         redis_url=config.redis_url,
         redis_port=config.redis_port,
         overrides=_overrides(assignments, names),
@@ -165,15 +172,17 @@ def check(layout: Layout, env: Mapping[str, str]) -> None:
             text = error.message.replace("redis.url", "HEADRACE_RUN_REDIS_URL", 1)
             raise ConfigError(text, field="run.redis_url") from None
     needed: dict[str, tuple[type, str, dict[str, str]]] = {"router": (RouterConfig, "router", {"model": layout.model})}
-    needed |= {name: (KvStoreConfig, "kvstore", {"name": name}) for name in _store_names(layout.kvstores)}
+    needed |= {name: (KvStoreConfig, "kvstore", {"name": name}) for name in _numbered("kvstore", layout.kvstores)}
+    for name in _numbered("ingestor", layout.ingestors):
+        needed[name] = IngestorConfig, "ingestor", {"name": name, "model": layout.model}
     for name, role in zip(_names(layout.roles), layout.roles, strict=True):
         needed[name] = WorkerConfig, "worker", {"name": name, "role": role, "model": layout.model}
-    for section in ("ROUTER", "KVSTORE", "WORKER"):
+    for section in ("ROUTER", "KVSTORE", "INGESTOR", "WORKER"):
         for variable in (f"HEADRACE_{section}_{name.upper()}" for name in CHOSEN):
             if variable in env:
                 raise _chosen(variable)
     for name, (config, section, known) in needed.items():
-        if f"HEADRACE_{section.upper()}_REDIS__URL" not in env:
+        if section != "ingestor" and f"HEADRACE_{section.upper()}_REDIS__URL" not in env:
             # All services get one, if only the cluster's own.
             known["redis.url"] = layout.redis_url or f"redis://{HOST}:{layout.redis_port}"
         own = layout.overrides.get(name, {})
@@ -220,12 +229,13 @@ def arrange(layout: Layout, ports: Ports) -> list[Service]:
         ConfigError: no port is free, or there is no Redis to start.
     """
     run_dir = Path(layout.run_dir)
-    stores = _store_names(layout.kvstores)
-    names = ("router", *stores, *_names(layout.roles))
+    stores, ingestors = _numbered("kvstore", layout.kvstores), _numbered("ingestor", layout.ingestors)
+    names = ("router", *stores, *ingestors, *_names(layout.roles))
     numbers = _take(ports, layout.grpc_port, len(names))
     grpc = {name: f"{HOST}:{number}" for name, number in zip(names, numbers, strict=True)}
     http_port = ports.take(layout.http_port)
-    roles = dict(zip(names, ("router", *["kvstore"] * len(stores), *layout.roles), strict=True))
+    kinds = ("router", *["kvstore"] * len(stores), *["ingestor"] * len(ingestors), *layout.roles)
+    roles = dict(zip(names, kinds, strict=True))
     redis_url, redis = layout.redis_url, None
     if redis_url is None:
         redis, redis_url = _redis(run_dir, ports.take(layout.redis_port))
@@ -266,7 +276,8 @@ def _contents(
     run_id = blake3.blake3(layout.run_dir.encode()).hexdigest(4)
     redis = {"redis": {"url": redis_url}, "index": {"key_prefix": f"headrace:{run_id}:index"}}
     workers = dict(zip(_names(layout.roles), layout.roles, strict=True))
-    stores = {name: grpc[name] for name in _store_names(layout.kvstores)}
+    stores = {name: grpc[name] for name in _numbered("kvstore", layout.kvstores)}
+    ingestors = {name: grpc[name] for name in _numbered("ingestor", layout.ingestors)}
     contents: dict[str, dict[str, dict[str, object]]] = {
         "router": {
             "router": _bind(grpc["router"])
@@ -274,6 +285,7 @@ def _contents(
                 "http_port": http_port,
                 "workers": [grpc[name] for name in workers],
                 "kvstores": list(stores.values()),
+                "ingestors": list(ingestors.values()),
                 "model": layout.model,
                 "cache_secret": kept_secret(Path(layout.run_dir) / CACHE_SECRET_FILE),
             }
@@ -283,6 +295,9 @@ def _contents(
     for name, address in stores.items():
         siblings = [other for other in stores.values() if other != address]
         contents[name] = {"kvstore": {"name": name, "siblings": siblings} | _bind(address) | redis}
+    for name, address in ingestors.items():
+        known = {"name": name, "routers": [grpc["router"]], "model": layout.model}
+        contents[name] = {"ingestor": known | _bind(address)}
     for name, role in workers.items():
         contents[name] = {
             "worker": {"name": name, "role": role}
@@ -310,8 +325,8 @@ def _take(ports: Ports, first: int, count: int) -> Iterator[int]:
         yield first
 
 
-def _store_names(number: int) -> list[str]:
-    return ["kvstore"] if number == 1 else _names(["kvstore"] * number)
+def _numbered(role: str, number: int) -> list[str]:
+    return [role] if number == 1 else _names([role] * number)
 
 
 def _names(roles: Sequence[str]) -> list[str]:

@@ -202,8 +202,9 @@ def _running(run_dir: Path | None) -> "ClusterState":
 
 def _pools(run_dir: Path | None) -> dict[str, str]:
     """Return host:port of each process that holds KV blocks, by name."""
+    without = (Role.ROUTER.value, Role.INGESTOR.value)
     processes = _running(run_dir).processes
-    return {each.name: each.grpc for each in processes if each.grpc is not None and each.role != Role.ROUTER.value}
+    return {each.name: each.grpc for each in processes if each.grpc is not None and each.role not in without}
 
 
 def _run_dir(given: Path | None) -> Path:

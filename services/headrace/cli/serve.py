@@ -25,6 +25,7 @@ class Role(Enum):
     DECODE = "decode"
     HYBRID = "hybrid"
     KVSTORE = "kvstore"
+    INGESTOR = "ingestor"
 
 
 ROOTS = {
@@ -33,8 +34,11 @@ ROOTS = {
     Role.DECODE: "headrace.cli.begin_worker:run",
     Role.HYBRID: "headrace.cli.begin_worker:run",
     Role.KVSTORE: "headrace.kvstore.__main__:run",
+    Role.INGESTOR: "headrace.ingestor.__main__:run",
 }
 """Composition root of each role: `run(args: ServeArgs) -> int`."""
+
+WORKERS = (Role.PREFILL, Role.DECODE, Role.HYBRID)
 
 GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 """What services ask of gRPC, which reads it when it is imported: the thread that waits for messages reads the sockets
@@ -58,7 +62,7 @@ def serve(
         ConfigError: a setting is wrong.
     """
     settings.prefer("GRPC_EXPERIMENTS", GRPC_EXPERIMENTS)
-    overrides = {} if role in (Role.ROUTER, Role.KVSTORE) else {"role": role.value}
+    overrides = {"role": role.value} if role in WORKERS else {}
     overrides |= settings.parse_assignments(assignments)
     if dtype is not None:
         overrides["dtype"] = dtype

@@ -31,7 +31,7 @@ GRACE_S = 10.0
 """Time for all services together to drain after SIGTERM; then SIGKILL."""
 
 STAGES = (
-    (("router",), 0.55),
+    (("router", "ingestor"), 0.55),
     (("prefill", "decode", "hybrid"), 0.8),
     (("kvstore",), 0.9),
     (("redis",), 1.0),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from headrace.core.common_prefix import num_common
+from headrace.core.kept_since import KeptSince
 from headrace.core.request import Piece
 from headrace.core.wire import piece_from_proto
 from headrace.errors import DeadlineExceeded, HeadraceError, InternalError, PeerFailed
@@ -45,7 +46,7 @@ class RouterRun:
         self._num_attempts = 0
         self._sent: list[int] = []
         self._num_final = 0
-        self._version = 0
+        self._kept = KeptSince()
         self._is_rewritten = False
         self._answered: list[int] = []
         self._num_chars = 0
@@ -122,7 +123,7 @@ class RouterRun:
 
     async def _send(self, call: "Call") -> None:
         session = self._session
-        self._sent, self._version, self._num_final = session.known, 0, session.num_final
+        self._sent, self._kept, self._num_final = session.known, KeptSince(), session.num_final
         opening = router_pb2.GenerateContextRequest(open=self._opening(self._sent), final_tokens=self._num_final)
         self._parts.counts.sent_tokens += len(self._sent)
         await call.write(opening)
@@ -165,10 +166,10 @@ class RouterRun:
         counts.revisions += 1
         counts.sent_tokens += len(known) - num_kept
         counts.dropped_tokens += len(self._sent) - num_kept
-        self._version += 1
+        self._kept.revise(num_kept)
         self._sent, self._num_final = known, session.num_final
         revision = generate_pb2.ContextRevision(
-            version=self._version,
+            version=self._kept.version,
             kept_tokens=num_kept,
             token_ids=known[num_kept:],
             final_tokens=0 if is_closed else self._num_final,
@@ -186,8 +187,11 @@ class RouterRun:
             piece = self._fresh(piece_from_proto(response.piece))
             if piece.text or piece.tokens or piece.finish is not None:
                 self._session.add(piece)
-        elif response.progress.version == self._version:
-            self._session.note_computed(self._sent, response.progress.computed_tokens)
+            return
+        progress = response.progress
+        num_computed = self._kept.still(progress.version, progress.computed_tokens)
+        if num_computed:
+            self._session.note_computed(self._sent, num_computed)
 
     def _fresh(self, piece: Piece) -> Piece:
         """Return what has not arrived by an earlier attempt.

@@ -17,6 +17,7 @@ from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
 from headrace.router.http.context import HttpSettings
+from headrace.router.ingestors import IngestorForwarder, Ingestors
 from headrace.router.member import RouterMember
 from headrace.router.sequence import SequenceParts
 from headrace.router.service import RouterServicer
@@ -30,11 +31,15 @@ from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import ClusterCollector, LoopLagProbe, RouterMetrics, VllmView, exposition
 from headrace.settings import ServeArgs, environment
 from headrace.text.model import TextModel
-from headrace.v1 import cluster_pb2_grpc, index_pb2_grpc, router_pb2_grpc
+from headrace.v1 import cluster_pb2_grpc, index_pb2_grpc, ingestor_pb2_grpc, router_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-NEW_WORK = ("/headrace.v1.RouterService/Generate", "/headrace.v1.RouterService/GenerateContext")
+NEW_WORK = (
+    "/headrace.v1.RouterService/Generate",
+    "/headrace.v1.RouterService/GenerateContext",
+    "/headrace.v1.IngestorService/StreamContext",
+)
 DRAIN_S = 10.0
 DATE_INTERVAL_S = 1.0
 
@@ -66,7 +71,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         table = WorkerTable(
             name=config.name,
-            addresses=(*config.workers, *config.kvstores),
+            addresses=(*config.workers, *config.kvstores, *config.ingestors),
             channels=channels,
             clock=clock,
             report_timeout_s=config.first_report_timeout_s,
@@ -87,6 +92,9 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
+        ingestors = Ingestors(table, channels)
+        forwarder = IngestorForwarder(ingestors, tasks, config.max_body_bytes)
+        server.add(ingestor_pb2_grpc.add_IngestorServiceServicer_to_server, forwarder)
         server.add(index_pb2_grpc.add_IndexServiceServicer_to_server, index.servicer())
         await server.start()
         _register_views(registry, live, member, metrics)

@@ -22,6 +22,7 @@ class RouterConfig:
         grpc_port: Port of the gRPC server.
         workers: host:port of every worker.
         kvstores: host:port of every kvstore.
+        ingestors: host:port of every ingestor; without one no contexts are taken in.
         redis: Where the log of the shared index is; without it requests are routed by load alone.
         index: How large the router's copy of the index may become.
         drift_alarm: Share by which what the index promises and what is found may differ before that is an alarm.
@@ -51,6 +52,7 @@ class RouterConfig:
     grpc_port: Port = 50051
     workers: tuple[str, ...] = ()
     kvstores: tuple[str, ...] = ()
+    ingestors: tuple[str, ...] = ()
     redis: RedisConfig = RedisConfig()
     index: IndexConfig = IndexConfig()
     drift_alarm: Annotated[float, Between(0.0, 1.0)] = 0.3
@@ -73,6 +75,7 @@ class RouterConfig:
         check_name(self.name)
         check_addresses(self.workers, "workers")
         check_addresses(self.kvstores, "kvstores")
+        check_addresses(self.ingestors, "ingestors")
 
     def tenancy(self) -> Tenancy:
         """Return the rules about tenants."""

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Generic, TypeAlias, TypeVar
 
+from headrace.core.kept_since import KeptSince
 from headrace.core.request import ContextProgress, Revision, SequenceId, SequenceSpec
 from headrace.core.wire import revision_to_proto, spec_to_proto
 from headrace.errors import (
@@ -102,7 +103,7 @@ class ContextAttempt:
         self._choose = choose
         self._tokens = list(spec.prompt)
         self._num_final = num_final
-        self._version = version
+        self._kept = KeptSince(version)
         self._closed = asyncio.Event()
         self._names = itertools.count()
         self._events: asyncio.Queue[ContextEvent | HeadraceError] = asyncio.Queue()
@@ -116,10 +117,10 @@ class ContextAttempt:
         """Keep the first tokens and put others behind them, at all workers."""
         del self._tokens[num_kept:]
         self._tokens.extend(tokens)
-        self._version += 1
+        self._kept.revise(num_kept)
         self._num_final = num_final
         revision = Revision(
-            version=self._version, num_kept=num_kept, tokens=tokens, num_final=num_final, is_closed=is_closed
+            version=self._kept.version, num_kept=num_kept, tokens=tokens, num_final=num_final, is_closed=is_closed
         )
         if self._prefill is not None:
             self._prefill.send(prefill_pb2.PrefillContextRequest(revision=_at(revision, self._prefill.version)))
@@ -286,18 +287,18 @@ class ContextAttempt:
 
     def _opened_version(self) -> int:
         """Return the version that a stream is opened with: a close is a revision of its own."""
-        return self._version - self._closed.is_set()
+        return self._kept.version - self._closed.is_set()
 
     def _closing(self) -> Revision:
         """Return the revision that closes what a stream was opened with."""
-        return Revision(version=self._version, num_kept=len(self._tokens), is_closed=True)
+        return Revision(version=self._kept.version, num_kept=len(self._tokens), is_closed=True)
 
     def _note(self, progress: generate_pb2.ContextProgress, version: int) -> None:
-        if progress.version + version == self._version:
-            event = ContextProgress(
-                version=self._version, num_computed=progress.computed_tokens, num_tokens=len(self._tokens)
+        num_computed = self._kept.still(progress.version + version, progress.computed_tokens)
+        if num_computed:
+            self._events.put_nowait(
+                ContextProgress(version=self._kept.version, num_computed=num_computed, num_tokens=len(self._tokens))
             )
-            self._events.put_nowait(event)
 
     def _failure(self, worker: Worker, error: HeadraceError) -> HeadraceError:
         """Return why a stream failed, and take note of a worker that is to be avoided."""

@@ -45,13 +45,18 @@ class Worker:
         return self.identity.name if self.identity is not None else self.address
 
     @property
+    def role(self) -> "cluster_pb2.Role.ValueType":
+        """What it does, once it has been met."""
+        return self.identity.role if self.identity is not None else cluster_pb2.ROLE_UNSPECIFIED
+
+    @property
     def is_usable(self) -> bool:
         """Whether it may get work."""
         return self.is_connected and self.load.is_ready and not self.load.is_draining
 
     def view(self) -> WorkerView:
         """Return what the policy may know."""
-        role = self.identity.role if self.identity is not None else cluster_pb2.ROLE_UNSPECIFIED
+        role = self.role
         ledger = self.load.ledger
         return WorkerView(
             name=self.name,
@@ -70,7 +75,7 @@ class WorkerTable:
 
     Args:
         name: Name of the router.
-        addresses: Workers and kvstores.
+        addresses: Workers, kvstores and ingestors.
         channels: gRPC channels by address.
         clock: Ages reservations.
         report_timeout_s: Silence after which a worker counts as dead.
@@ -104,12 +109,12 @@ class WorkerTable:
         """Return the kvstores that can be asked for blocks."""
         return self._usable(cluster_pb2.ROLE_KVSTORE)
 
+    def ingestors(self) -> list[Worker]:
+        """Return the ingestors that take contexts in."""
+        return self._usable(cluster_pb2.ROLE_INGESTOR)
+
     def _usable(self, *roles: "cluster_pb2.Role.ValueType") -> list[Worker]:
-        return [
-            member
-            for member in self.members.values()
-            if member.identity is not None and member.identity.role in roles and member.is_usable
-        ]
+        return [member for member in self.members.values() if member.role in roles and member.is_usable]
 
     def by_name(self, name: str) -> Worker:
         """Return a member.

@@ -98,6 +98,19 @@ _STORE_COUNTERS: dict[str, tuple[str, _Reading]] = {
     "store_over_quota_puts": ("Puts that a tenant's quota cut.", lambda load: load.store.num_over_quota_puts),
     "store_handed_blocks": ("Blocks handed to siblings.", lambda load: load.store.num_handed_blocks),
 }
+_INGEST_GAUGES: dict[str, tuple[str, _Reading]] = {
+    "ingest_text_chars": ("Characters of contexts kept now.", lambda load: load.ingest.text_chars),
+}
+_INGEST_COUNTERS: dict[str, tuple[str, _Reading]] = {
+    "ingest_opened": ("Contexts opened.", lambda load: load.ingest.num_opened),
+    "ingest_resumed": ("Calls that took a context up again.", lambda load: load.ingest.num_resumed),
+    "ingest_expired": ("Contexts given up for want of a client or of text.", lambda load: load.ingest.num_expired),
+    "ingest_operations": ("Operations on contexts.", lambda load: load.ingest.num_operations),
+    "ingest_refused": ("Of them, refused.", lambda load: load.ingest.num_refused),
+    "ingest_revisions": ("Revisions sent to routers.", lambda load: load.ingest.num_revisions),
+    "ingest_sent_tokens": ("Tokens sent to routers.", lambda load: load.ingest.sent_tokens),
+    "ingest_dropped_tokens": ("Of them, taken back later.", lambda load: load.ingest.dropped_tokens),
+}
 _VLLM_GAUGES: dict[str, tuple[str, _Reading]] = {
     "vllm:num_requests_running": ("Sequences in the running batch.", lambda load: load.num_running),
     "vllm:num_requests_waiting": ("Sequences waiting.", lambda load: load.num_waiting),
@@ -223,21 +236,33 @@ class ClusterCollector(Collector):
         members, labels = tuple(self._members()), ["worker", "role"]
         measured = tuple(member for member in members if member.load.HasField("cost"))
         stores = tuple(member for member in members if member.load.HasField("store"))
-        for gauges, shown in ((_WORKER_GAUGES, members), (_COST_GAUGES, measured), (_STORE_GAUGES, stores)):
+        ingestors = tuple(member for member in members if member.load.HasField("ingest"))
+        shown_gauges = (
+            (_WORKER_GAUGES, members),
+            (_COST_GAUGES, measured),
+            (_STORE_GAUGES, stores),
+            (_INGEST_GAUGES, ingestors),
+        )
+        for gauges, shown in shown_gauges:
             for name, (text, read) in gauges.items():
                 gauge = GaugeMetricFamily(f"headrace_worker_{name}", text, labels=labels)
                 for member in shown:
                     gauge.add_metric([member.load.name, member.role], read(member.load))
                 yield gauge
         reusing = tuple(member for member in members if member.load.HasField("reuse"))
-        counted = ((_WORKER_COUNTERS, members), (_REUSE_COUNTERS, reusing), (_STORE_COUNTERS, stores))
+        counted = (
+            (_WORKER_COUNTERS, members),
+            (_REUSE_COUNTERS, reusing),
+            (_STORE_COUNTERS, stores),
+            (_INGEST_COUNTERS, ingestors),
+        )
         for counters, shown in counted:
             for name, (text, read) in counters.items():
                 counter = CounterMetricFamily(f"headrace_worker_{name}", text, labels=labels)
                 for member in shown:
                     counter.add_metric([member.load.name, member.role], read(member.load))
                 yield counter
-        engines = [member.load for member in members if member.role != "kvstore"]
+        engines = [member.load for member in members if member.role not in ("kvstore", "ingestor")]
         for name, (text, read) in _VLLM_GAUGES.items():
             alias = GaugeMetricFamily(name, text, labels=["model_name", "engine"])
             for load in engines:

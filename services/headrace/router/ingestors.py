@@ -1,0 +1,151 @@
+"""Contexts in text, passed on to the ingestors: the router is the one front door."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from headrace.core.tenancy import TENANT_HEADER, tenant_of
+from headrace.errors import HeadraceError, InvalidRequest, NotReady, UnknownContext
+from headrace.router.workers import WorkerTable
+from headrace.runtime.channels import Channels, translate_errors
+from headrace.v1 import cluster_pb2, ingestor_pb2, ingestor_pb2_grpc
+
+if TYPE_CHECKING:
+    from headrace.client.context_link import ContextCall
+
+
+class Ingestors:
+    """Chooses the ingestor of a context, and calls it.
+
+    Args:
+        table: Knows the ingestors.
+        channels: Connections to them.
+    """
+
+    def __init__(self, table: WorkerTable, channels: Channels) -> None:
+        self._table = table
+        self._channels = channels
+
+    def address_of(self, first: ingestor_pb2.StreamContextRequest) -> str:
+        """Return who is to be called: the one that has a context, or the one with the fewest.
+
+        Raises:
+            InvalidRequest: the request neither opens a context nor takes one up again.
+            UnknownContext: no such ingestor is known, so it has no such context.
+            NotReady: there is none for a new context now.
+        """
+        if first.HasField("resume"):
+            name = first.resume.context_id.partition(".")[0]
+            for member in self._table.members.values():
+                if member.role == cluster_pb2.ROLE_INGESTOR and member.name == name:
+                    return member.address
+            raise UnknownContext("there is no such context, or not any more", field="context_id")
+        if not first.HasField("open"):
+            raise InvalidRequest("the first request opens a context or takes one up again", field="request")
+        ready = self._table.ingestors()
+        if not ready:
+            raise NotReady("no ingestor is connected and ready", retry_after_s=1.0)
+        return min(ready, key=lambda each: each.load.num_running + each.load.num_waiting).address
+
+    def begin(self, address: str, tenant: str, timeout_s: float | None) -> "ContextCall":
+        """Begin a call to an ingestor; nothing is sent yet."""
+        stub: ingestor_pb2_grpc.IngestorServiceAsyncStub = ingestor_pb2_grpc.IngestorServiceStub(
+            self._channels.get(address)
+        )
+        return stub.StreamContext(timeout=timeout_s, metadata=((TENANT_HEADER, tenant),))
+
+
+class IngestorForwarder(ingestor_pb2_grpc.IngestorServiceServicer):
+    """Serves IngestorService by passing every call on.
+
+    Args:
+        ingestors: Whom to call.
+        tasks: Outlives every call.
+        max_bytes: Largest request.
+    """
+
+    def __init__(self, ingestors: Ingestors, tasks: asyncio.TaskGroup, max_bytes: int) -> None:
+        self._ingestors = ingestors
+        self._tasks = tasks
+        self._max_bytes = max_bytes
+
+    async def StreamContext(
+        self,
+        request_iterator: AsyncIterator[ingestor_pb2.StreamContextRequest],
+        context: "grpc.aio.ServicerContext[object, object]",
+    ) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
+        """Pass requests on and responses back until either end leaves."""
+        metadata = context.invocation_metadata() or ()
+        tenant = tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
+        first = await anext(request_iterator, None)
+        if first is None:
+            raise InvalidRequest("the first request opens a context or takes one up again", field="request")
+        address = self._ingestors.address_of(first)
+        call = self._ingestors.begin(address, tenant, context.time_remaining())
+        passing = _Passing(call, first, request_iterator, self._max_bytes)
+        task = self._tasks.create_task(passing.run())
+        try:
+            async with aclosing(_responses(call, address)) as responses:
+                async for response in responses:
+                    yield response
+        except HeadraceError:
+            if passing.error is not None:
+                raise passing.error from None
+            raise
+        finally:
+            call.cancel()
+            task.cancel()
+            await asyncio.wait([task])
+
+
+async def _responses(call: "ContextCall", address: str) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
+    async with translate_errors(address):
+        async for response in call:
+            yield response
+
+
+class _Passing:
+    """Passes the requests of a client on.
+
+    Attributes:
+        error: Why it ended the call, if it did.
+    """
+
+    def __init__(
+        self,
+        call: "ContextCall",
+        first: ingestor_pb2.StreamContextRequest,
+        rest: AsyncIterator[ingestor_pb2.StreamContextRequest],
+        max_bytes: int,
+    ) -> None:
+        self._call = call
+        self._first = first
+        self._rest = rest
+        self._max_bytes = max_bytes
+        self.error: HeadraceError | None = None
+
+    async def run(self) -> None:
+        """Go on until the client has no more to say, or the call has ended."""
+        # A call that has ended refuses writes in several ways; whoever reads it learns why.
+        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            try:
+                await self._write(self._first)
+                async for request in self._rest:
+                    await self._write(request)
+                await self._call.done_writing()
+            except HeadraceError as error:
+                self.error = error
+                self._call.cancel()
+
+    async def _write(self, request: ingestor_pb2.StreamContextRequest) -> None:
+        size = request.ByteSize()
+        if size > self._max_bytes:
+            raise InvalidRequest(
+                f"the request has {size} bytes; at most {self._max_bytes} are allowed",
+                field="request",
+                limit=f"{self._max_bytes} bytes",
+            )
+        await self._call.write(request)
