@@ -47,9 +47,10 @@ class ContextLink:
         self._pieces: list[ingestor_pb2.ContextPiece] = []
         self._end: HeadraceError | None = None
         self._has_ended = False
+        self._has_state = False
 
     async def open(self) -> None:
-        """Make the call and wait for its first response.
+        """Make the call and wait until it has said what the context is and how far.
 
         Raises:
             HeadraceError: it was refused, or failed.
@@ -58,7 +59,7 @@ class ContextLink:
             self._call = self._begin()
         self._reading = asyncio.create_task(self._read(self._call))
         await self._send(self._first)
-        await self._until(lambda: bool(self.opened.context_id))
+        await self._until(lambda: self._has_state)
 
     async def operate(self, operation: ingestor_pb2.ContextOperation) -> HeadraceError | None:
         """Have an operation carried out; return why it was refused, if it was.
@@ -134,7 +135,7 @@ class ContextLink:
             case "opened":
                 self.opened = response.opened
             case "state":
-                self.state = context_state_from_proto(response.state)
+                self.state, self._has_state = context_state_from_proto(response.state), True
             case "refused":
                 self._refusals[response.refused.sequence] = error_from_detail(response.refused.error)
             case "piece":

@@ -4,16 +4,20 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from typing import TypeAlias
 
 from headrace.core.context import Abandon, ContextState
 from headrace.core.wire import context_state_to_proto, error_to_detail, piece_to_proto
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.ingestor.session import Session
-from headrace.ingestor.wire import operation_from_proto
+from headrace.ingestor.wire import mode_to_proto, operation_from_proto
 from headrace.v1 import ingestor_pb2
 
 logger = logging.getLogger(__name__)
+
+LINGER_S = 0.5
+"""Longest wait for the first words of a call for a context that had ended before."""
 
 Requests: TypeAlias = AsyncIterator[ingestor_pb2.StreamContextRequest]
 
@@ -34,8 +38,9 @@ class ContextCall:
         self._refused: deque[ingestor_pb2.OperationRefused] = deque()
         self._error: HeadraceError | None = None
         self._has_all = False
-        self._is_busy = False
+        self._is_busy = self._has_heard = False
         self._has_abandoned = False
+        self._linger = session.has_ended
 
     async def responses(self, requests: Requests) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Yield what happens, until the answer is complete or the client has no more to say of an open context.
@@ -61,13 +66,24 @@ class ContextCall:
                 while self._cursor < len(session.pieces):
                     yield ingestor_pb2.StreamContextResponse(piece=self._next_piece())
                 if self._is_over():
-                    return
+                    if not self._linger:
+                        return
+                    await self._hear_out()
+                    continue
                 if not (self._refused or changed.is_set()):
                     await changed.wait()
         finally:
             reading.cancel()
             await asyncio.wait([reading])
             session.detach()
+
+    async def _hear_out(self) -> None:
+        """Wait a little for the first words of a client that took up a context after its end."""
+        self._linger = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not (self._has_all or self._has_heard):
+                    await self._session.changed.wait()
 
     def _next_piece(self) -> ingestor_pb2.ContextPiece:
         session = self._session
@@ -109,14 +125,14 @@ class ContextCall:
         operation = operation_from_proto(message)
         self._is_busy = True
         try:
-            refusal = await self._session.apply(message.sequence, operation)
+            refusal = await self._session.apply(message.sequence, operation, refuse_repeated=message.refuse_repeated)
             if refusal is not None:
                 refused = ingestor_pb2.OperationRefused(sequence=message.sequence, error=error_to_detail(refusal))
                 self._refused.append(refused)
             elif isinstance(operation, Abandon):
                 self._has_abandoned = True
         finally:
-            self._is_busy = False
+            self._is_busy, self._has_heard = False, True
         self._session.notify()
 
 
@@ -127,4 +143,5 @@ def _opened(session: Session) -> ingestor_pb2.ContextOpened:
         model=opening.limits.model,
         max_context_tokens=opening.limits.max_context_tokens,
         is_chat=opening.is_chat,
+        mode=mode_to_proto(opening.mode),
     )

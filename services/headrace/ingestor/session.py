@@ -30,6 +30,9 @@ from headrace.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
 
+REPEATED = "operation.sequence"
+"""Field at fault of an operation that was refused because of its number."""
+
 _Render: TypeAlias = Callable[[], str]
 
 
@@ -82,6 +85,7 @@ class Session:
         is_closed: Whether no text follows.
         pieces: Of the answer.
         failure: Why it has ended before its answer was complete.
+        is_abandoned: Whether nobody may take it up any more.
         num_calls: Calls that are there for it.
         left_s: When the last call left.
         active_s: When the last operation came.
@@ -96,6 +100,7 @@ class Session:
         self.is_closed = False
         self.pieces: list[Piece] = []
         self.failure: HeadraceError | None = None
+        self.is_abandoned = False
         self.num_calls = 0
         self.left_s = self.active_s = parts.clock.now()
         self.ended_s: float | None = None
@@ -148,19 +153,28 @@ class Session:
 
     # -- Operations --------------------------------------------------------------
 
-    async def apply(self, sequence: int, operation: Operation) -> HeadraceError | None:
+    async def apply(
+        self, sequence: int, operation: Operation, *, refuse_repeated: bool = False
+    ) -> HeadraceError | None:
         """Carry an operation out; return why it was refused, if it was.
+
+        Args:
+            sequence: Its number.
+            operation: What to do.
+            refuse_repeated: Refuse it if one of this number was carried out before, rather than answer it again.
 
         Raises:
             SequenceGap: operations before it are missing.
         """
         # A task of its own: a call that ends in the midst must not leave half an operation behind.
-        outcome = await asyncio.shield(self._parts.tasks.create_task(self._in_turn(sequence, operation)))
+        outcome = await asyncio.shield(
+            self._parts.tasks.create_task(self._in_turn(sequence, operation, refuse_repeated=refuse_repeated))
+        )
         if isinstance(outcome, SequenceGap):
             raise outcome
         return outcome
 
-    async def _in_turn(self, sequence: int, operation: Operation) -> HeadraceError | None:
+    async def _in_turn(self, sequence: int, operation: Operation, *, refuse_repeated: bool) -> HeadraceError | None:
         async with self._turn:
             if sequence > self._applied + 1:
                 return SequenceGap(
@@ -169,6 +183,10 @@ class Session:
                     limit=f"{self._applied + 1}",
                 )
             if sequence <= self._applied:
+                if refuse_repeated:
+                    return InvalidRequest(
+                        f"operation {sequence} was carried out before", field=REPEATED, limit=f"{self._applied + 1}"
+                    )
                 return self._refusal if sequence == self._applied else None
             outcome = await self._carry_out(sequence, operation)
             self._refusal, self._applied = outcome, sequence
@@ -199,6 +217,7 @@ class Session:
                     self._refuse_large(len(operation.query))
                     await self._close(operation.query)
                 case Abandon():
+                    self.is_abandoned = True
                     self.end(Cancelled("the context was abandoned"))
                 case _:
                     assert_never(operation)

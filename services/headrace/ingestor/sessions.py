@@ -95,7 +95,7 @@ class Sessions:
             UnknownContext: it is not, or it is another tenant's.
         """
         session = self._sessions.get(ContextId(context_id))
-        if session is None or session.opening.tenant != tenant:
+        if session is None or session.opening.tenant != tenant or session.is_abandoned:
             raise UnknownContext("there is no such context, or not any more", field="context_id")
         self._parts.counts.resumed += 1
         return session

@@ -28,6 +28,12 @@ def mode_from_proto(mode: "ingestor_pb2.ContextMode.ValueType") -> ContextMode:
     raise InvalidRequest(f"mode {mode} is not known: use append or update", field="mode", limit="append or update")
 
 
+def mode_to_proto(mode: ContextMode) -> "ingestor_pb2.ContextMode.ValueType":
+    """Write a mode."""
+    is_append = mode is ContextMode.APPEND
+    return ingestor_pb2.CONTEXT_MODE_APPEND if is_append else ingestor_pb2.CONTEXT_MODE_UPDATE
+
+
 def operation_from_proto(message: ingestor_pb2.ContextOperation) -> Operation:
     """Read an operation.
 

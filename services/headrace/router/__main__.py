@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from headrace.clock import WallClock
@@ -101,7 +102,8 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         index.publish(registry)
         probe = LoopLagProbe()
         probe.publish(registry, "router")
-        web, listener = _web_server(config, live, registry, clock), _listen(config.host, config.http_port)
+        app = _app(config, live, ingestors, registry, clock)
+        web, listener = _web_server(config, app), _listen(config.host, config.http_port)
         background = [
             *(tasks.create_task(table.follow(address)) for address in table.members),
             tasks.create_task(live.keep_ready()),
@@ -142,14 +144,19 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(reason, field="http_port") from None
 
 
-def _web_server(config: RouterConfig, live: LiveRequests, registry: CollectorRegistry, clock: WallClock) -> "_Web":
+def _app(
+    config: RouterConfig, live: LiveRequests, ingestors: Ingestors, registry: CollectorRegistry, clock: WallClock
+) -> FastAPI:
     settings = HttpSettings(
         tenancy=config.tenancy(),
         max_body_bytes=config.max_body_bytes,
         default_timeout_s=config.default_timeout_s,
         max_timeout_s=config.max_timeout_s,
     )
-    app = create_app(live, clock=clock, metrics=lambda: exposition(registry), settings=settings)
+    return create_app(live, clock=clock, metrics=lambda: exposition(registry), settings=settings, ingestors=ingestors)
+
+
+def _web_server(config: RouterConfig, app: FastAPI) -> "_Web":
     web = uvicorn.Config(
         app,
         host=config.host,

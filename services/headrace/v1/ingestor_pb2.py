@@ -26,15 +26,15 @@ from headrace.v1 import errors_pb2 as headrace_dot_v1_dot_errors__pb2
 from headrace.v1 import router_pb2 as headrace_dot_v1_dot_router__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aheadrace/v1/ingestor.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/errors.proto\x1a\x18headrace/v1/router.proto\"*\n\x0e\x43ontextSegment\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"\x8f\x01\n\x0bOpenContext\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.GenerateRequest\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.headrace.v1.ContextMode\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x15\n\ris_unattended\x18\x04 \x01(\x08\"3\n\rResumeContext\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\r\".\n\nAppendText\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"Y\n\x0fReplaceSegments\x12\x17\n\x0f\x66rom_segment_id\x18\x01 \x01(\t\x12-\n\x08segments\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.ContextSegment\"?\n\x0eUpdateSegments\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.headrace.v1.ContextSegment\"\x13\n\x11\x43heckpointContext\"\x1d\n\x0c\x43loseContext\x12\r\n\x05query\x18\x01 \x01(\t\"\x10\n\x0e\x41\x62\x61ndonContext\"\xce\x02\n\x10\x43ontextOperation\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12)\n\x06\x61ppend\x18\x02 \x01(\x0b\x32\x17.headrace.v1.AppendTextH\x00\x12/\n\x07replace\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.ReplaceSegmentsH\x00\x12-\n\x06update\x18\x04 \x01(\x0b\x32\x1b.headrace.v1.UpdateSegmentsH\x00\x12\x34\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x1e.headrace.v1.CheckpointContextH\x00\x12*\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x19.headrace.v1.CloseContextH\x00\x12.\n\x07\x61\x62\x61ndon\x18\x07 \x01(\x0b\x32\x1b.headrace.v1.AbandonContextH\x00\x42\x0b\n\toperation\"\xad\x01\n\x14StreamContextRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.headrace.v1.OpenContextH\x00\x12,\n\x06resume\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.ResumeContextH\x00\x12\x32\n\toperation\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.ContextOperationH\x00\x42\t\n\x07request\"_\n\rContextOpened\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x0f\n\x07is_chat\x18\x04 \x01(\x08\"\x9e\x01\n\x0c\x43ontextState\x12\x18\n\x10\x61pplied_sequence\x18\x01 \x01(\x04\x12\x1b\n\x13\x63heckpoint_sequence\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x11\n\tis_closed\x18\x05 \x01(\x08\x12\x14\n\x0cnum_segments\x18\x06 \x01(\r\"M\n\x10OperationRefused\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.headrace.v1.ErrorDetail\"L\n\x0c\x43ontextPiece\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\r\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.headrace.v1.GenerateResponse\"\xd8\x01\n\x15StreamContextResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.ContextOpenedH\x00\x12*\n\x05state\x18\x02 \x01(\x0b\x32\x19.headrace.v1.ContextStateH\x00\x12\x30\n\x07refused\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.OperationRefusedH\x00\x12*\n\x05piece\x18\x04 \x01(\x0b\x32\x19.headrace.v1.ContextPieceH\x00\x42\x07\n\x05\x65vent*]\n\x0b\x43ontextMode\x12\x1c\n\x18\x43ONTEXT_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43ONTEXT_MODE_APPEND\x10\x01\x12\x17\n\x13\x43ONTEXT_MODE_UPDATE\x10\x02\x32m\n\x0fIngestorService\x12Z\n\rStreamContext\x12!.headrace.v1.StreamContextRequest\x1a\".headrace.v1.StreamContextResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aheadrace/v1/ingestor.proto\x12\x0bheadrace.v1\x1a\x18headrace/v1/errors.proto\x1a\x18headrace/v1/router.proto\"*\n\x0e\x43ontextSegment\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"\x8f\x01\n\x0bOpenContext\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.headrace.v1.GenerateRequest\x12&\n\x04mode\x18\x02 \x01(\x0e\x32\x18.headrace.v1.ContextMode\x12\x12\n\ntimeout_ms\x18\x03 \x01(\r\x12\x15\n\ris_unattended\x18\x04 \x01(\x08\"3\n\rResumeContext\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\r\".\n\nAppendText\x12\x12\n\nsegment_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"Y\n\x0fReplaceSegments\x12\x17\n\x0f\x66rom_segment_id\x18\x01 \x01(\t\x12-\n\x08segments\x18\x02 \x03(\x0b\x32\x1b.headrace.v1.ContextSegment\"?\n\x0eUpdateSegments\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.headrace.v1.ContextSegment\"\x13\n\x11\x43heckpointContext\"\x1d\n\x0c\x43loseContext\x12\r\n\x05query\x18\x01 \x01(\t\"\x10\n\x0e\x41\x62\x61ndonContext\"\xe7\x02\n\x10\x43ontextOperation\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12)\n\x06\x61ppend\x18\x02 \x01(\x0b\x32\x17.headrace.v1.AppendTextH\x00\x12/\n\x07replace\x18\x03 \x01(\x0b\x32\x1c.headrace.v1.ReplaceSegmentsH\x00\x12-\n\x06update\x18\x04 \x01(\x0b\x32\x1b.headrace.v1.UpdateSegmentsH\x00\x12\x34\n\ncheckpoint\x18\x05 \x01(\x0b\x32\x1e.headrace.v1.CheckpointContextH\x00\x12*\n\x05\x63lose\x18\x06 \x01(\x0b\x32\x19.headrace.v1.CloseContextH\x00\x12.\n\x07\x61\x62\x61ndon\x18\x07 \x01(\x0b\x32\x1b.headrace.v1.AbandonContextH\x00\x12\x17\n\x0frefuse_repeated\x18\x08 \x01(\x08\x42\x0b\n\toperation\"\xad\x01\n\x14StreamContextRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.headrace.v1.OpenContextH\x00\x12,\n\x06resume\x18\x02 \x01(\x0b\x32\x1a.headrace.v1.ResumeContextH\x00\x12\x32\n\toperation\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.ContextOperationH\x00\x42\t\n\x07request\"\x87\x01\n\rContextOpened\x12\x12\n\ncontext_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x0f\n\x07is_chat\x18\x04 \x01(\x08\x12&\n\x04mode\x18\x05 \x01(\x0e\x32\x18.headrace.v1.ContextMode\"\x9e\x01\n\x0c\x43ontextState\x12\x18\n\x10\x61pplied_sequence\x18\x01 \x01(\x04\x12\x1b\n\x13\x63heckpoint_sequence\x18\x02 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x17\n\x0f\x63omputed_tokens\x18\x04 \x01(\r\x12\x11\n\tis_closed\x18\x05 \x01(\x08\x12\x14\n\x0cnum_segments\x18\x06 \x01(\r\"M\n\x10OperationRefused\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x18.headrace.v1.ErrorDetail\"L\n\x0c\x43ontextPiece\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\r\x12,\n\x05piece\x18\x02 \x01(\x0b\x32\x1d.headrace.v1.GenerateResponse\"\xd8\x01\n\x15StreamContextResponse\x12,\n\x06opened\x18\x01 \x01(\x0b\x32\x1a.headrace.v1.ContextOpenedH\x00\x12*\n\x05state\x18\x02 \x01(\x0b\x32\x19.headrace.v1.ContextStateH\x00\x12\x30\n\x07refused\x18\x03 \x01(\x0b\x32\x1d.headrace.v1.OperationRefusedH\x00\x12*\n\x05piece\x18\x04 \x01(\x0b\x32\x19.headrace.v1.ContextPieceH\x00\x42\x07\n\x05\x65vent*]\n\x0b\x43ontextMode\x12\x1c\n\x18\x43ONTEXT_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43ONTEXT_MODE_APPEND\x10\x01\x12\x17\n\x13\x43ONTEXT_MODE_UPDATE\x10\x02\x32m\n\x0fIngestorService\x12Z\n\rStreamContext\x12!.headrace.v1.StreamContextRequest\x1a\".headrace.v1.StreamContextResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'headrace.v1.ingestor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONTEXTMODE']._serialized_start=1759
-  _globals['_CONTEXTMODE']._serialized_end=1852
+  _globals['_CONTEXTMODE']._serialized_start=1825
+  _globals['_CONTEXTMODE']._serialized_end=1918
   _globals['_CONTEXTSEGMENT']._serialized_start=95
   _globals['_CONTEXTSEGMENT']._serialized_end=137
   _globals['_OPENCONTEXT']._serialized_start=140
@@ -54,19 +54,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ABANDONCONTEXT']._serialized_start=594
   _globals['_ABANDONCONTEXT']._serialized_end=610
   _globals['_CONTEXTOPERATION']._serialized_start=613
-  _globals['_CONTEXTOPERATION']._serialized_end=947
-  _globals['_STREAMCONTEXTREQUEST']._serialized_start=950
-  _globals['_STREAMCONTEXTREQUEST']._serialized_end=1123
-  _globals['_CONTEXTOPENED']._serialized_start=1125
-  _globals['_CONTEXTOPENED']._serialized_end=1220
-  _globals['_CONTEXTSTATE']._serialized_start=1223
-  _globals['_CONTEXTSTATE']._serialized_end=1381
-  _globals['_OPERATIONREFUSED']._serialized_start=1383
-  _globals['_OPERATIONREFUSED']._serialized_end=1460
-  _globals['_CONTEXTPIECE']._serialized_start=1462
-  _globals['_CONTEXTPIECE']._serialized_end=1538
-  _globals['_STREAMCONTEXTRESPONSE']._serialized_start=1541
-  _globals['_STREAMCONTEXTRESPONSE']._serialized_end=1757
-  _globals['_INGESTORSERVICE']._serialized_start=1854
-  _globals['_INGESTORSERVICE']._serialized_end=1963
+  _globals['_CONTEXTOPERATION']._serialized_end=972
+  _globals['_STREAMCONTEXTREQUEST']._serialized_start=975
+  _globals['_STREAMCONTEXTREQUEST']._serialized_end=1148
+  _globals['_CONTEXTOPENED']._serialized_start=1151
+  _globals['_CONTEXTOPENED']._serialized_end=1286
+  _globals['_CONTEXTSTATE']._serialized_start=1289
+  _globals['_CONTEXTSTATE']._serialized_end=1447
+  _globals['_OPERATIONREFUSED']._serialized_start=1449
+  _globals['_OPERATIONREFUSED']._serialized_end=1526
+  _globals['_CONTEXTPIECE']._serialized_start=1528
+  _globals['_CONTEXTPIECE']._serialized_end=1604
+  _globals['_STREAMCONTEXTRESPONSE']._serialized_start=1607
+  _globals['_STREAMCONTEXTRESPONSE']._serialized_end=1823
+  _globals['_INGESTORSERVICE']._serialized_start=1920
+  _globals['_INGESTORSERVICE']._serialized_end=2029
 # @@protoc_insertion_point(module_scope)

@@ -286,9 +286,14 @@ class ContextOperation(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     CLOSE_FIELD_NUMBER: _builtins.int
     ABANDON_FIELD_NUMBER: _builtins.int
+    REFUSE_REPEATED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1 for the first, then one more each: operations are carried out in this order, those that
     were carried out before are answered again without effect, and a gap ends the call.
+    """
+    refuse_repeated: _builtins.bool
+    """Refuse the operation rather than answer it again if another one of this sequence was carried
+    out before: for whoever did not count from the beginning.
     """
     @_builtins.property
     def append(self) -> Global___AppendText:
@@ -324,10 +329,11 @@ class ContextOperation(_message.Message):
         checkpoint: Global___CheckpointContext | None = ...,
         close: Global___CloseContext | None = ...,
         abandon: Global___AbandonContext | None = ...,
+        refuse_repeated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "append", b"append", "checkpoint", b"checkpoint", "close", b"close", "operation", b"operation", "replace", b"replace", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "append", b"append", "checkpoint", b"checkpoint", "close", b"close", "operation", b"operation", "replace", b"replace", "sequence", b"sequence", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "append", b"append", "checkpoint", b"checkpoint", "close", b"close", "operation", b"operation", "refuse_repeated", b"refuse_repeated", "replace", b"replace", "sequence", b"sequence", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["append", "replace", "update", "checkpoint", "close", "abandon"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
@@ -383,6 +389,7 @@ class ContextOpened(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     IS_CHAT_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Unguessable name for `resume`; it counts together with the tenant."""
     model: _builtins.str
@@ -391,6 +398,8 @@ class ContextOpened(_message.Message):
     """Most tokens of prompt and answer together."""
     is_chat: _builtins.bool
     """Whether the answer is that of a chat."""
+    mode: Global___ContextMode.ValueType
+    """How it may change."""
     def __init__(
         self,
         *,
@@ -398,10 +407,11 @@ class ContextOpened(_message.Message):
         model: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
         is_chat: _builtins.bool = ...,
+        mode: Global___ContextMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "mode", b"mode", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,13 +10,14 @@ from starlette.responses import Response
 
 from headrace.clock import Clock
 from headrace.router.frontend import Frontend
-from headrace.router.http import info
+from headrace.router.http import contexts, info
 from headrace.router.http.chat import chat_completions
 from headrace.router.http.completions import completions
 from headrace.router.http.context import HttpContext, HttpSettings
 from headrace.router.http.errors import install_error_handlers
 from headrace.router.http.request_id import RequestIdMiddleware
 from headrace.router.http.tokens import detokenize, tokenize
+from headrace.router.ingestors import Ingestors
 
 Endpoint: TypeAlias = Callable[[Request, HttpContext], Awaitable[Response]]
 
@@ -25,6 +26,12 @@ _ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/v1/models/{model_id:path}", info.show_model),
     ("POST", "/v1/chat/completions", chat_completions),
     ("POST", "/v1/completions", completions),
+    ("POST", "/v1/contexts", contexts.open_context),
+    ("GET", "/v1/contexts/{context_id}", contexts.show_context),
+    ("DELETE", "/v1/contexts/{context_id}", contexts.delete_context),
+    ("POST", "/v1/contexts/{context_id}/append", contexts.append_to_context),
+    ("POST", "/v1/contexts/{context_id}/update", contexts.update_context),
+    ("POST", "/v1/contexts/{context_id}/close", contexts.close_context),
     ("POST", "/tokenize", tokenize),
     ("POST", "/detokenize", detokenize),
     ("GET", "/health", info.health),
@@ -45,6 +52,7 @@ def create_app(
     metrics: Callable[[], bytes],
     settings: HttpSettings,
     entropy: Callable[[], int] = _fresh_bits,
+    ingestors: Ingestors | None = None,
 ) -> FastAPI:
     """Return the application; it holds no state of its own beyond live requests.
 
@@ -54,6 +62,7 @@ def create_app(
         metrics: Returns the Prometheus text.
         settings: Bounds.
         entropy: Returns 64 random bits, for seeds and ids.
+        ingestors: Keep contexts that still arrive.
     """
     context = HttpContext(
         frontend=frontend,
@@ -62,6 +71,7 @@ def create_app(
         settings=settings,
         entropy=entropy,
         started_unix_s=clock.unix_ms() // 1000,
+        ingestors=ingestors,
     )
     # The interactive pages of FastAPI load scripts from other hosts, and bodies are msgspec types
     # that its schema would not show.

@@ -123,6 +123,51 @@ class DetokenizeBody(_Strict, kw_only=True, frozen=True):
     tokens: list[int]
 
 
+class ContextBody(SamplingBody, kw_only=True, frozen=True):
+    """Body of /v1/contexts; `messages` makes the answer that of a chat, `prefix` is plain text."""
+
+    mode: str | None = None
+    prefix: str | None = None
+    messages: list[Message] | None = None
+    logprobs: int | None = None
+
+
+class OperationBody(_Strict, kw_only=True, frozen=True):
+    """Body of a change of a context; without a number it is the next one."""
+
+    sequence: int | None = None
+
+
+class AppendBody(OperationBody, kw_only=True, frozen=True):
+    """Body of /v1/contexts/{id}/append; without a segment the text belongs to the last one."""
+
+    text: str
+    segment: str | None = None
+
+
+class SegmentBody(_Strict, kw_only=True, frozen=True):
+    """A named part of a context."""
+
+    id: str
+    text: str
+
+
+class UpdateBody(OperationBody, kw_only=True, frozen=True):
+    """Body of /v1/contexts/{id}/update; with `from_segment` only that one and those behind it are replaced."""
+
+    segments: list[SegmentBody]
+    from_segment: str | None = None
+
+
+class CloseBody(OperationBody, kw_only=True, frozen=True):
+    """Body of /v1/contexts/{id}/close; `cursor` pieces of the answer have arrived already."""
+
+    query: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cursor: int | None = None
+
+
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),

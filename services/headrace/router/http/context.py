@@ -7,6 +7,7 @@ from headrace.clock import Clock
 from headrace.core.tenancy import Tenancy
 from headrace.core.validate import RequestLimits
 from headrace.router.frontend import Frontend, ServedModel
+from headrace.router.ingestors import Ingestors
 from headrace.runtime.off_loop import INLINE_CHARS
 
 
@@ -40,6 +41,7 @@ class HttpContext:
         metrics: Returns the Prometheus text.
         entropy: Returns 64 random bits, for seeds and ids.
         started_unix_s: When the application was made.
+        ingestors: Keep contexts that still arrive; None where there are none.
     """
 
     frontend: Frontend
@@ -48,6 +50,7 @@ class HttpContext:
     settings: HttpSettings
     entropy: Callable[[], int]
     started_unix_s: int
+    ingestors: Ingestors | None
 
     def limits(self, model: ServedModel) -> RequestLimits:
         """Return what one request may ask of a model."""
