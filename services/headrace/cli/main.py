@@ -12,6 +12,7 @@ import typer
 from headrace import settings
 from headrace.cli.chat import chat
 from headrace.cli.complete import complete
+from headrace.cli.demo import demo
 from headrace.cli.models import models
 from headrace.cli.serve import Role
 from headrace.cli.serve import serve as run_role
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 doctor = typer.Typer(help="Measure what a cluster is built on.", no_args_is_help=True)
 app.add_typer(doctor, name="doctor")
+app.add_typer(demo, name="demo")
 app.command()(chat)
 app.command()(complete)
 app.command()(models)

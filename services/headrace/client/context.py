@@ -53,6 +53,7 @@ class AsyncContext:
         self._link: ContextLink | None = None
         self._sequence = 0
         self._turn = asyncio.Lock()
+        self._mending = asyncio.Lock()
         self._cursor = 0
         self._answer: AsyncContextAnswer | None = None
         self._is_over = False
@@ -114,12 +115,12 @@ class AsyncContext:
         await self._operate(operation)
         sequence = operation.sequence
         while True:
+            link = self._open_link()
             try:
-                link = await self._linked()
                 await link.until(lambda state: state.checkpoint >= sequence)
                 return link.state
             except HeadraceError as error:
-                await self._lose(error)
+                await self._mend(link, error)
 
     def close(self, query: str = "") -> "AsyncContextAnswer":
         """End the context with the text that follows it and return its answer, to be iterated.
@@ -143,7 +144,11 @@ class AsyncContext:
                 await self._link.operate(operation)
 
     async def watch(self) -> AsyncIterator[ContextState]:
-        """Yield how far it is, now and at every change, until the first token of the answer is there."""
+        """Yield how far it is, now and at every change, until the first token of the answer is there.
+
+        Raises:
+            HeadraceError: the context is lost.
+        """
         shown: ContextState | None = None
         while not self._is_over and not self._cursor:
             link = self._open_link()
@@ -151,21 +156,24 @@ class AsyncContext:
             if link.state != shown:
                 shown = link.state
                 yield shown
-            await changed.wait()
+            elif link.failure is not None:
+                await self._mend(link, link.failure)
+            else:
+                await changed.wait()
 
     async def __aenter__(self) -> "AsyncContext":
         attempts = self._new_attempts()
         while True:
             try:
-                await self._linked()
+                await self._connect_anew()
                 return self
             except HeadraceError as error:
-                await self._drop()
                 await self._pause(attempts.pause_s(error))
 
     async def __aexit__(self, *_: object) -> None:
         await self.abandon()
-        await self._drop()
+        if self._link is not None:
+            await self._link.close()
 
     # -- Carrying on over broken calls ---------------------------------------------
 
@@ -174,33 +182,40 @@ class AsyncContext:
             raise InvalidRequest("the context is not open: use it in `async with`", field="context")
         return self._link
 
-    async def _linked(self) -> ContextLink:
-        """Return the call, making it if there is none."""
-        if self._link is None:
-            link = self._connect(self._first, self._whole.remaining_s())
-            self._link = link
+    async def _connect_anew(self) -> None:
+        """Open the context, or take it up again.
+
+        Raises:
+            HeadraceError: that failed.
+        """
+        link = self._connect(self._first, self._whole.remaining_s())
+        try:
             await link.open()
-            resume = ingestor_pb2.ResumeContext(context_id=link.opened.context_id)
-            self._first = ingestor_pb2.StreamContextRequest(resume=resume)
-        return self._link
-
-    async def _drop(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
+        except BaseException:
             await link.close()
+            raise
+        if self._link is not None:
+            await self._link.close()
+        self._link = link
+        resume = ingestor_pb2.ResumeContext(context_id=link.opened.context_id)
+        self._first = ingestor_pb2.StreamContextRequest(resume=resume)
 
-    async def _lose(self, error: HeadraceError) -> None:
-        """Take up the context after its call failed; raise `error` if that does not help."""
-        attempts = self._new_attempts()
-        while True:
-            await self._pause(attempts.pause_s(error))
-            await self._drop()
-            self._first.resume.cursor = self._cursor
-            try:
-                await self._linked()
-                return
-            except HeadraceError as again:
-                error = again
+    async def _mend(self, link: ContextLink, error: HeadraceError) -> None:
+        """Take up the context after a call has failed, unless somebody else has; raise `error` if that does not help.
+
+        Args:
+            link: The call that failed.
+            error: Why.
+        """
+        async with self._mending:
+            attempts = self._new_attempts()
+            while self._link is link:
+                await self._pause(attempts.pause_s(error))
+                self._first.resume.cursor = self._cursor
+                try:
+                    await self._connect_anew()
+                except HeadraceError as again:
+                    error = again
 
     async def _operate(self, operation: ingestor_pb2.ContextOperation) -> ContextState:
         async with self._turn:
@@ -208,25 +223,25 @@ class AsyncContext:
             self._sequence += 1
             operation.sequence = self._sequence
             while True:
+                link = self._open_link()
                 try:
-                    link = await self._linked()
                     refusal = await link.operate(operation)
                     break
                 except HeadraceError as error:
-                    await self._lose(error)
+                    await self._mend(link, error)
             if refusal is not None:
                 raise refusal
             return link.state
 
     async def _next_piece(self) -> ingestor_pb2.ContextPiece:
         while True:
+            link = self._open_link()
             try:
-                link = await self._linked()
                 piece = await link.piece()
                 if piece is None:
                     raise PeerFailed("the call for the context has ended before its answer did")
             except HeadraceError as error:
-                await self._lose(error)
+                await self._mend(link, error)
                 continue
             self._cursor = piece.cursor
             if piece.piece.finish_reason:

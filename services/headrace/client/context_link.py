@@ -72,6 +72,13 @@ class ContextLink:
         await self._until(lambda: sequence in self._refusals or self.state.applied >= sequence)
         return self._refusals.pop(sequence, None)
 
+    @property
+    def failure(self) -> HeadraceError | None:
+        """Why the call has ended; None while it goes on."""
+        if not self._has_ended:
+            return None
+        return self._end or PeerFailed("the call for the context has ended", worker=self._address)
+
     async def until(self, is_reached: Callable[[ContextState], bool]) -> None:
         """Wait for a state.
 
@@ -114,8 +121,8 @@ class ContextLink:
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
-            if self._has_ended:
-                raise self._end or PeerFailed("the call for the context has ended", worker=self._address)
+            if self.failure is not None:
+                raise self.failure
             await self.changed.wait()
 
     async def _read(self, call: "ContextCall") -> None:

@@ -135,6 +135,11 @@ class Session:
         """Whether nothing becomes of it any more."""
         return self.ended_s is not None
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a checkpoint is waited for."""
+        return bool(self._checkpoints)
+
     def state(self) -> ContextState:
         """Return how far it is."""
         return ContextState(
@@ -335,6 +340,7 @@ class Session:
             if self._num_computed < min(goal, len(self.known)) - 1:
                 return
             self._reached = sequence
+            self.active_s = self._parts.clock.now()
             del self._checkpoints[0]
 
     # -- Calls and the end ---------------------------------------------------------

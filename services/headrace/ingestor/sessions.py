@@ -147,7 +147,7 @@ class Sessions:
             return None
         if self._parts.clock.unix_ms() >= session.opening.deadline_unix_ms:
             return DeadlineExceeded("the deadline passed before the answer was complete", field="timeout")
-        if not session.is_closed and now_s >= session.active_s + config.idle_s:
+        if not (session.is_closed or session.is_awaited) and now_s >= session.active_s + config.idle_s:
             return DeadlineExceeded(
                 f"nothing came for the context for {config.idle_s:g} s", field="operation", limit=f"{config.idle_s:g} s"
             )
