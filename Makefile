@@ -54,7 +54,7 @@ check: $(INSTALLED) ## Style, types, import contracts, sizes, generated code
 	$(BIN)/buf format proto --diff --exit-code
 
 bench: $(INSTALLED) ## Ratios against baselines
-	@set -e; for ratio in loadtest/ratios/bench_*.py; do echo "== $$ratio"; PYTHONPATH=loadtest/peers $(BIN)/python $$ratio; done
+	@set -e; for ratio in loadtest/ratios/bench_*.py; do echo "== $$ratio"; PYTHONPATH=loadtest/peers:loadtest/traces $(BIN)/python $$ratio; done
 
 bench-peers: $(INSTALLED) ## The same requests to headrace and its peers; installs those into .peers
 	loadtest/peers/install.sh .peers $(BIN)/python

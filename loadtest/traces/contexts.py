@@ -1,0 +1,291 @@
+"""Traces of contexts that arrive over time: their values, and the file that holds them.
+
+The file has one event per line, as a JSON object, for many contexts at once; README.md has the format. Lines of one
+context are in the order of their times, lines of different contexts may stand in any order: the reader sorts them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from headrace.client.values import GenerateOptions, Message
+
+Mode: TypeAlias = Literal["append", "update"]
+"""As the SDK names them: text is only added at the end, or segments may also be replaced."""
+
+FIRST_SEGMENT = "0"
+"""Name of the segment that a first append without a name begins."""
+
+
+class TraceError(ValueError):
+    """A file is not a trace.
+
+    Attributes:
+        path: The file.
+        line: Which of its lines is at fault, from 1; None when it is the whole file.
+    """
+
+    def __init__(self, path: Path, line: int | None, reason: str) -> None:
+        super().__init__(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
+        self.path = path
+        self.line = line
+
+
+class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="tokens"):
+    """Stands for a text of which only the number of tokens is known; `corpus.filled` puts a text there."""
+
+    number: int
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError(f"a text has no {self.number} tokens")
+
+
+class Bytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="bytes"):
+    """Text as UTF-8 that may be cut inside a character; base64 in the file."""
+
+    utf8: bytes
+
+
+Text: TypeAlias = str | Bytes | Tokens
+
+
+class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A named part of a context; names are unique in it and not empty."""
+
+    segment: str
+    text: Text
+
+
+class _Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op"):
+    """What happens to one context.
+
+    Attributes:
+        at_s: When, in seconds from the trace's begin; finite and not negative.
+        context: Name of the context, unique in the trace.
+    """
+
+    at_s: float
+    context: str
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.at_s) and self.at_s >= 0):
+            raise ValueError(f"no time from the trace's begin: {self.at_s}")
+
+
+class Open(_Event, frozen=True, kw_only=True, tag="open"):
+    """Begin a context.
+
+    Attributes:
+        prefix: Text before the context.
+        chat: Messages before it, in place of the prefix.
+        options: How to answer.
+    """
+
+    mode: Mode
+    prefix: str = ""
+    chat: tuple[Message, ...] | None = None
+    options: GenerateOptions = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prefix and self.chat is not None:
+            raise ValueError("a context has a prefix or a chat, not both")
+
+
+class Append(_Event, frozen=True, kw_only=True, tag="append"):
+    """Add text at the end, to the last segment or a new one; without a name to the last one."""
+
+    text: Text
+    segment: str | None = None
+
+
+class Replace(_Event, frozen=True, kw_only=True, tag="replace"):
+    """Replace a segment and all behind it; in update mode."""
+
+    from_segment: str
+    segments: tuple[Segment, ...]
+
+
+class Update(_Event, frozen=True, kw_only=True, tag="update"):
+    """Replace all segments; in update mode."""
+
+    segments: tuple[Segment, ...]
+
+
+class Checkpoint(_Event, frozen=True, kw_only=True, tag="checkpoint"):
+    """Wait until all that was sent before is computed."""
+
+
+class Close(_Event, frozen=True, kw_only=True, tag="close"):
+    """End the context with the text that follows it, and be answered."""
+
+    query: str = ""
+
+
+class Abandon(_Event, frozen=True, kw_only=True, tag="abandon"):
+    """Drop the context without an answer."""
+
+
+Event: TypeAlias = Open | Append | Replace | Update | Checkpoint | Close | Abandon
+
+
+class _OptionNames(msgspec.Struct):
+    """The names of an event's options: a TypedDict lets unknown ones pass."""
+
+    options: dict[str, msgspec.Raw] = {}
+
+
+def line_of(event: Event) -> bytes:
+    """Return an event as a line of the file, without the line's end."""
+    return msgspec.json.encode(event)
+
+
+def event_of(line: bytes) -> Event:
+    """Return the event of a line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    event: Event = msgspec.json.decode(line, type=Event)
+    if isinstance(event, Open):
+        names = msgspec.json.decode(line, type=_OptionNames).options.keys()
+        if unknown := names - GenerateOptions.__optional_keys__:
+            raise ValueError(f"no options of a call: {', '.join(sorted(unknown))}")
+    return event
+
+
+def write(path: Path, events: Iterable[Event]) -> None:
+    """Write a trace; a file that is there is replaced."""
+    with path.open("wb") as file:
+        file.writelines(line_of(event) + b"\n" for event in events)
+
+
+def read(path: Path) -> tuple[Event, ...]:
+    """Return the events of a file by their times; a context that was cut off has no last one.
+
+    Raises:
+        TraceError: a line is no event, or cannot follow those of its context before it.
+    """
+    contexts: dict[str, Contents] = {}
+    events = []
+    # JSON escapes line ends, and bytes know no other ones than \n and \r.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            event = event_of(line)
+            contexts.setdefault(event.context, Contents()).apply(event)
+        except ValueError as error:
+            raise TraceError(path, number, str(error)) from error
+        events.append(event)
+    return in_order(events)
+
+
+def in_order(events: Iterable[Event]) -> tuple[Event, ...]:
+    """Return events by their times; those of the same time stay as they are."""
+    return tuple(sorted(events, key=lambda event: event.at_s))
+
+
+def by_context(events: Iterable[Event]) -> dict[str, list[Event]]:
+    """Return each context's events, contexts by their first one."""
+    contexts: dict[str, list[Event]] = {}
+    for event in events:
+        contexts.setdefault(event.context, []).append(event)
+    return contexts
+
+
+class Contents:
+    """A context as its events leave it; mutable.
+
+    Invariants: the first event opens it, none follows its end, times do not go back, names of segments are unique,
+    and what is replaced is there.
+    """
+
+    def __init__(self) -> None:
+        self._mode: Mode | None = None
+        self._is_over = False
+        self._at_s = 0.0
+        self._parts: dict[str, list[Text]] = {}
+
+    def apply(self, event: Event) -> None:
+        """Change the context.
+
+        Raises:
+            ValueError: the event cannot follow those before it; nothing may follow it then.
+        """
+        self._check(event)
+        self._at_s = event.at_s
+        match event:
+            case Open():
+                self._mode = event.mode
+            case Append():
+                self._append(event)
+            case Replace():
+                self._replace(event.from_segment, event.segments)
+            case Update():
+                self._replace(None, event.segments)
+            case Close():
+                self._is_over = True
+                if not any(isinstance(part, Tokens) for parts in self._parts.values() for part in parts):
+                    self.segments()
+            case Abandon():
+                self._is_over = True
+            case Checkpoint():
+                pass
+
+    def segments(self) -> tuple[tuple[str, str], ...]:
+        """Return names and texts of the segments.
+
+        Raises:
+            ValueError: one ends inside a character, or a text is not known.
+        """
+        return tuple((name, _joined(parts)) for name, parts in self._parts.items())
+
+    def _check(self, event: Event) -> None:
+        if isinstance(event, Open) is not (self._mode is None):
+            raise ValueError(f"context {event.context!r} is " + ("not open yet" if self._mode is None else "open"))
+        if self._is_over:
+            raise ValueError(f"context {event.context!r} has ended")
+        if event.at_s < self._at_s:
+            raise ValueError(f"context {event.context!r} goes back in time, from {self._at_s} to {event.at_s} s")
+
+    def _append(self, event: Append) -> None:
+        last = next(reversed(self._parts), None)
+        name = last or FIRST_SEGMENT if event.segment is None else event.segment
+        if name != last:
+            self._add(name)
+        self._parts[name].append(event.text)
+
+    def _replace(self, first: str | None, segments: Sequence[Segment]) -> None:
+        if self._mode != "update":
+            raise ValueError("segments are replaced in update mode only")
+        if first is not None and first not in self._parts:
+            raise ValueError(f"there is no segment {first!r}")
+        names = list(self._parts)
+        for name in names[0 if first is None else names.index(first) :]:
+            del self._parts[name]
+        for segment in segments:
+            self._add(segment.segment)
+            self._parts[segment.segment].append(segment.text)
+
+    def _add(self, name: str) -> None:
+        if not name:
+            raise ValueError("a segment has no name")
+        if name in self._parts:
+            raise ValueError(f"segment {name!r} is there already; only the last one grows")
+        self._parts[name] = []
+
+
+def _joined(parts: Iterable[Text]) -> str:
+    found = []
+    for part in parts:
+        match part:
+            case str():
+                found.append(part.encode())
+            case Bytes():
+                found.append(part.utf8)
+            case Tokens():
+                raise ValueError(f"only the length of a text is known, {part.number} tokens")
+    return b"".join(found).decode()
