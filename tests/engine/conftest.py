@@ -114,8 +114,16 @@ class Client:
         self.engine.apply(opening)
         return sequence_id
 
-    def revise(self, sequence_id, tokens=(), *, keep=None, closed=False, is_final=False):
-        """Keep the first tokens of a prompt, or all of them, and put others behind them."""
+    def revise(self, sequence_id, tokens=(), *, keep=None, closed=False, is_final=False, is_late=False):
+        """Keep the first tokens of a prompt, or all of them, and put others behind them.
+
+        A close that is late is a revision of its own, of the version that it closes.
+        """
+        if is_late:
+            self.revise(sequence_id, tokens, keep=keep)
+            self.versions[sequence_id] -= 1
+            self.revise(sequence_id, closed=closed)
+            return
         keep = len(self.prompts[sequence_id]) if keep is None else keep
         self.prompts[sequence_id] = (*self.prompts[sequence_id][:keep], *tokens)
         self.versions[sequence_id] += 1

@@ -279,6 +279,15 @@ def test_blocks_that_an_update_gives_up_are_not_reused_while_they_are_read(make_
     assert client.stats().leased_blocks == 1
 
 
+def test_a_late_close_of_a_version_whose_blocks_are_being_read_gives_up_more_of_them(make_client, reference, prompt_of):
+    client = make_client(num_blocks=12, order=FCFS)
+    stream = fill(client, prompt_of, 41, goal=Goal.FIRST_TOKEN)
+    client.revise(stream, keep=34, closed=True, is_late=True)
+    client.steps()
+    client.settle(stream)
+    assert client.tokens(stream) == reference(prompt_of(1, 34), max_tokens=1)
+
+
 def test_a_prompt_that_outgrows_the_pool_pushes_out_the_worst_ranked(make_client, reference, prompt_of):
     client = make_client(num_blocks=12, order=FCFS, budget=16)
     streams = [client.open(prompt_of(seed, 12), is_open=True) for seed in (1, 2, 3)]
@@ -451,7 +460,7 @@ class Script:
         for index in self.random.sample(range(4), 4):
             has_prompt = self.client.prompts[self.streams[index]] != ()
             piece = () if has_prompt and self.random.random() < 0.5 else self.piece() or (5,)
-            self.client.revise(self.streams[index], piece, closed=True)
+            self.client.revise(self.streams[index], piece, closed=True, is_late=self.random.random() < 0.5)
             self.client.steps(2)
         for _ in range(6):
             self.client.steps()

@@ -111,7 +111,8 @@ class Revisions:
         """Keep what is behind the kept tokens from being reused while a transfer may read it."""
         blocks = sequence.blocks[num_kept // self._cache.block_tokens :]
         if blocks:
-            writer_id = f"{sequence.lease_id} before {sequence.version}"
+            # Not by the version: a close of which nothing else was left has that of the revision before.
+            writer_id = f"{sequence.lease_id} before {len(sequence.stale_writers)}"
             self._cache.ledger.hold(writer_id, blocks)
             sequence.stale_writers.append(writer_id)
 
