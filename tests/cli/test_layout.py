@@ -9,6 +9,7 @@ from headrace.cli import layout
 from headrace.cli.layout import RunConfig
 from headrace.cli.ports import Ports
 from headrace.errors import ConfigError
+from headrace.ingestor.config import IngestorConfig
 from headrace.router.config import RouterConfig
 from headrace.settings import Loaded, load
 from headrace.worker.config import WorkerConfig
@@ -29,6 +30,7 @@ def test_workers_are_named_by_role_and_number(tmp_path: Path) -> None:
     assert list(arrange(tmp_path, workers="prefill=2,decode=1,hybrid=1")) == [
         "router",
         "kvstore",
+        "ingestor",
         "prefill-0",
         "prefill-1",
         "decode-0",
@@ -62,6 +64,7 @@ def test_assignments_reach_all_services_of_a_section_or_one_process(tmp_path: Pa
     assert tails == {
         "router": ("--set", "max_moves=0"),
         "kvstore": (),
+        "ingestor": (),
         "prefill-0": ("--set", "threads=2"),
         "decode-0": ("--set", "threads=1"),
     }
@@ -117,6 +120,33 @@ def test_several_kvstores_are_numbered_and_know_their_siblings(tmp_path: Path) -
     assert written["siblings"] == [services["kvstore-1"].grpc]
     stores = yaml.safe_load((tmp_path / "prefill-0.yaml").read_text())["worker"]["kvstores"]
     assert stores == [services["kvstore-0"].grpc, services["kvstore-1"].grpc]
+
+
+def arrange_ingestors(tmp_path: Path, number: int, *assignments: str) -> dict[str, layout.Service]:
+    ports = Ports("127.0.0.1", tmp_path / "ports")
+    planned = layout.plan(replace(config(tmp_path), ingestors=number), assignments)
+    services = {service.name: service for service in layout.arrange(planned, ports)}
+    ports.close()
+    return services
+
+
+def test_an_ingestor_knows_the_router_and_the_router_knows_every_ingestor(tmp_path: Path) -> None:
+    services = arrange_ingestors(tmp_path, 2)
+    loaded = load(IngestorConfig, file=tmp_path / "ingestor-1.yaml", section="ingestor", env={}, overrides={}).value
+    assert (loaded.name, loaded.routers) == ("ingestor-1", (services["router"].grpc,))
+    assert f"{loaded.host}:{loaded.grpc_port}" == services["ingestor-1"].grpc
+    assert router_config(tmp_path).value.ingestors == (services["ingestor-0"].grpc, services["ingestor-1"].grpc)
+
+
+def test_without_ingestors_none_is_started_and_the_router_waits_for_none(tmp_path: Path) -> None:
+    assert "ingestor" not in {service.role for service in arrange_ingestors(tmp_path, 0).values()}
+    assert router_config(tmp_path).value.ingestors == ()
+
+
+def test_assignments_reach_all_ingestors_or_one(tmp_path: Path) -> None:
+    services = arrange_ingestors(tmp_path, 2, "ingestor.max_streams=9", "ingestor-1.idle_s=3")
+    assert services["ingestor-0"].command[-2:] == ("--set", "max_streams=9")
+    assert services["ingestor-1"].command[-4:] == ("--set", "max_streams=9", "--set", "idle_s=3")
 
 
 def test_all_services_share_a_redis_of_the_clusters_own(tmp_path: Path) -> None:

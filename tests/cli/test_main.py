@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from headrace import catalog
-from headrace.cli.serve import Role
+from headrace.cli import state
+from headrace.cli.serve import WORKERS, Role
 
 
 def headrace(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +66,33 @@ def test_the_doctor_needs_a_cluster(tmp_path: Path, question: str) -> None:
     assert "start it with `headrace up`" in found.stderr
 
 
+@pytest.mark.parametrize("question", ["transport", "leases"])
+def test_the_doctor_asks_nobody_of_blocks_who_has_none(tmp_path: Path, question: str) -> None:
+    """They would not answer, which the doctor tells by its status."""
+    processes = tuple(
+        state.ProcessState(
+            name=role.value,
+            role=role.value,
+            grpc="127.0.0.1:1",
+            http=None,
+            pid=None,
+            started_s=None,
+            restarts=0,
+            last_exit=None,
+            log="",
+        )
+        for role in (Role.ROUTER, Role.INGESTOR)
+    )
+    own_start_s = state.start_of(os.getpid())
+    assert own_start_s is not None
+    cluster = state.ClusterState(
+        http="", grpc="", supervisor=os.getpid(), supervisor_started_s=own_start_s, processes=processes
+    )
+    state.write(tmp_path, cluster)
+    found = headrace("doctor", question, cwd=tmp_path, HEADRACE_RUN_DIR=str(tmp_path))
+    assert (found.returncode, found.stdout.count("\n")) == (0, 1), found.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
@@ -86,6 +114,12 @@ def test_the_doctor_needs_a_cluster(tmp_path: Path, question: str) -> None:
             ("up", "--set", "decode-0.threads=2", "--set", "worker.threads=1", "--set", "worker.block_tokens=many"),
             "(--set worker.block_tokens)",
         ),
+        (("up", "--set", "router.ingestors=foo"), "from 1 to 65535, found 'foo' (--set router.ingestors)"),
+        (("up", "--set", "ingestor.max_streams=0"), "(--set ingestor.max_streams)"),
+        (("up", "--set", "ingestor.name=a.b"), "name must have no dot, found 'a.b' (--set ingestor.name)"),
+        (("up", "--set", "ingestor.routers="), "an ingestor needs a router (--set ingestor.routers)"),
+        (("up", "--set", "ingestor.grpc_port=0"), "--set ingestor.grpc_port: `headrace up` chooses ports itself"),
+        (("up", "--set", "ingestor-1.idle_s=1"), "--set wants SECTION.FIELD=VALUE"),
         (("up", "--set", "kvstore.grpc_port=0"), "--set kvstore.grpc_port: `headrace up` chooses ports itself"),
         (("serve", "router", "--config", "absent.yaml"), "cannot read the configuration absent.yaml"),
         (("serve", "router", "--set", "max_moves"), "--set wants NAME=VALUE"),
@@ -105,6 +139,9 @@ def test_a_bad_option_ends_with_status_2_and_one_line(tmp_path: Path, arguments:
         ("HEADRACE_RUN_REDIS_URL", "redis://:hunter2@host/-3", "HEADRACE_RUN_REDIS_URL is not understood"),
         ("HEADRACE_WORKER_KV_MEMORY_BYTES", "0", "(HEADRACE_WORKER_KV_MEMORY_BYTES)"),
         ("HEADRACE_KVSTORE_EVICTION", "fifo", "(HEADRACE_KVSTORE_EVICTION)"),
+        ("HEADRACE_INGESTOR_COALESCE_S", "2", "(HEADRACE_INGESTOR_COALESCE_S)"),
+        ("HEADRACE_INGESTOR_GRPC_PORT", "5000", "HEADRACE_INGESTOR_GRPC_PORT: `headrace up` chooses ports itself"),
+        ("HEADRACE_RUN_INGESTORS", "65", "a whole number from 0 to 64, found str '65' (HEADRACE_RUN_INGESTORS)"),
         ("HEADRACE_WORKER_REDIS__URL", "redis://:hunter2@host/-3", "(HEADRACE_WORKER_REDIS__URL)"),
         ("HEADRACE_WORKER_GRPC_PORT", "5000", "HEADRACE_WORKER_GRPC_PORT: `headrace up` chooses ports itself"),
         ("HEADRACE_ROUTER_DRIFT", "1", "unknown key 'HEADRACE_ROUTER_DRIFT' in the environment"),
@@ -125,12 +162,12 @@ def test_every_role_shows_its_configuration_with_origins(tmp_path: Path, role: R
     options = ["--set", "grpc_port=50999"]
     if role is not Role.KVSTORE:
         options += ["--set", "model=m.gguf"]
-    if role not in (Role.ROUTER, Role.KVSTORE):
+    if role in WORKERS:
         options += ["--set", "name=w", "--dtype", "fp32"]
     found = headrace("serve", role.value, "--print-config", *options, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
-    section = role.value if role in (Role.ROUTER, Role.KVSTORE) else "worker"
+    section = "worker" if role in WORKERS else role.value
     assert f"{section}.grpc_port = 50999 (command line)" in lines
     assert f"{section}.host = 127.0.0.1 (default)" in lines
     if section == "worker":

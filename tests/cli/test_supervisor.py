@@ -67,12 +67,13 @@ async def test_a_service_deaf_to_sigterm_is_killed_when_the_grace_is_over(tmp_pa
     assert [state.start_of(pid) for pid in pids] == [None, None]
 
 
-async def test_the_router_leaves_first_and_the_store_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["router", "ingestor"])
+async def test_the_front_door_leaves_first_and_the_store_last(tmp_path: Path, first: str) -> None:
     order = tmp_path / "order"
-    roles = ("kvstore", "prefill", "router")
+    roles = ("kvstore", "prefill", first)
     services = [service(tmp_path, role, NOTES_ITS_END, str(order), role) for role in roles]
     await run_until_up(Supervisor(services, lambda _: None, WallClock()), services)
-    assert order.read_text().split() == ["router", "prefill", "kvstore"]
+    assert order.read_text().split() == [first, "prefill", "kvstore"]
 
 
 async def test_every_start_and_death_is_published_and_a_restart_waits(tmp_path: Path) -> None:

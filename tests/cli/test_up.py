@@ -60,13 +60,14 @@ def test_up_starts_every_service_and_waits_until_the_router_is_ready(plan: Plan)
     assert [process.name for process in cluster.processes] == [
         "router",
         "kvstore",
+        "ingestor",
         "prefill-0",
         "prefill-1",
         "decode-0",
         "redis",
     ]
     assert all(state.is_alive(process.pid, process.started_s) for process in cluster.processes)
-    assert len({process.grpc for process in cluster.processes if process.grpc is not None}) == 5
+    assert len({process.grpc for process in cluster.processes if process.grpc is not None}) == 6
     assert local.ask_ready(cluster.http, 5)[0] == 200
 
 

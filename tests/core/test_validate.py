@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headrace.core.tenancy import Tenancy, tenant_key
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
-from headrace.errors import InvalidRequest
+from headrace.errors import ContextOverflow, InvalidRequest
 
 TENANCY = Tenancy(secret=b"secret", public_tenants=("open",))
 LIMITS = RequestLimits(model="m", max_context_tokens=100, vocab_size=1000)
@@ -151,6 +151,18 @@ def test_too_many_tokens_names_both_numbers_and_the_context():
         build(max_tokens=200)
     for number in ("3 tokens", "200", "100"):
         assert number in caught.value.message
+
+
+@pytest.mark.parametrize("fields", [{"prompt": [1] * 100}, {"max_tokens": 98}], ids=["prompt", "answer"])
+def test_a_prompt_and_an_answer_that_do_not_fit_are_an_overflow(fields):
+    with pytest.raises(ContextOverflow):
+        build(**fields)
+
+
+def test_a_prompt_that_still_arrives_may_be_empty():
+    draft = RequestDraft(request_id="r", prompt=(), fresh_seed=7)
+    request = build_request(draft, LIMITS, TENANCY, now_unix_ms=5_000, is_open=True)
+    assert (request.prompt, request.sampling.max_tokens) == ((), 100)
 
 
 def test_fields_are_named_as_the_client_calls_them():

@@ -52,6 +52,11 @@ def test_the_tree_keeps_every_contract(tree: Path) -> None:
             "headrace.prefill.violation -> headrace.decode (l.2)",
         ),
         (
+            "Layers point down",
+            {VIOLATION.format("ingestor"): "import headrace.router\n"},
+            "headrace.ingestor.violation -> headrace.router (l.1)",
+        ),
+        (
             "Techniques do not import each other",
             {
                 "services/headrace/techniques/alpha/__init__.py": "import headrace.techniques.beta\n",

@@ -32,7 +32,7 @@ def test_the_command_line_shows_help_without_the_wire_or_the_model() -> None:
     assert not {"torch", "grpc", "fastapi", "rich", "numpy"} & set(found)
 
 
-@pytest.mark.parametrize("package", ["core", "runtime", "text", "client", "seams", "router"])
+@pytest.mark.parametrize("package", ["core", "runtime", "text", "client", "seams", "router", "ingestor"])
 def test_a_part_that_computes_nothing_imports_no_torch(package: str) -> None:
     assert came_along([f"headrace.{package}"], {"torch", "triton", "transformers"}) == ""
 

@@ -43,11 +43,27 @@ async def test_a_worker_that_is_not_ready_or_drains_gets_none(table, changes):
     assert table.usable() == []
 
 
-@pytest.mark.parametrize("role", [cluster_pb2.ROLE_KVSTORE, cluster_pb2.ROLE_ROUTER])
+@pytest.mark.parametrize("role", [cluster_pb2.ROLE_KVSTORE, cluster_pb2.ROLE_ROUTER, cluster_pb2.ROLE_INGESTOR])
 async def test_only_workers_get_work(table, role):
     table.members[ADDRESS].identity.role = role
     note(table)
     assert table.usable() == []
+
+
+@pytest.mark.parametrize(
+    ("role", "is_listed"), [(cluster_pb2.ROLE_INGESTOR, True), (cluster_pb2.ROLE_DECODE, False)], ids=["ingestor", "d"]
+)
+async def test_only_ingestors_take_contexts_in(table, role, is_listed):
+    table.members[ADDRESS].identity.role = role
+    note(table)
+    assert [member.name for member in table.ingestors()] == (["w"] if is_listed else [])
+
+
+@pytest.mark.parametrize("changes", [{"is_ready": False}, {"is_draining": True}])
+async def test_an_ingestor_that_is_not_ready_or_drains_gets_no_context(table, changes):
+    table.members[ADDRESS].identity.role = cluster_pb2.ROLE_INGESTOR
+    note(table, **changes)
+    assert table.ingestors() == []
 
 
 async def test_a_charge_counts_until_a_report_that_is_younger_than_it_by_the_time_it_takes_to_show(table):

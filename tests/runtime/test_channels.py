@@ -197,6 +197,12 @@ def test_a_status_without_our_detail_is_judged_by_its_code(code, kind):
     assert "peer:1" in error.message
 
 
+def test_a_call_that_ended_under_a_message_is_a_failed_peer_and_not_a_bug():
+    """What gRPC says then hides why it ended."""
+    assert type(error_of("INTERNAL", "Internal error from Core", (), "peer:1")) is PeerFailed
+    assert type(error_of("INTERNAL", "another text", (), "peer:1")) is InternalError
+
+
 async def test_a_message_beyond_the_limit_is_the_callers_mistake():
     async with serve_router(ScriptedRouter([])) as server:
         options = [("grpc.max_send_message_length", -1)]

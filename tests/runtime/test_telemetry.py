@@ -181,6 +181,44 @@ def test_the_kvstore_has_a_ledger_and_no_running_requests(registry):
     assert value(registry, "vllm:num_requests_running", model_name="tiny", engine="kvstore") is None
 
 
+def test_what_ingestors_took_in_is_shown_of_them_alone(registry):
+    ingest = cluster_pb2.IngestReport(
+        text_chars=1,
+        num_opened=2,
+        num_operations=3,
+        num_refused=4,
+        num_revisions=5,
+        sent_tokens=6,
+        dropped_tokens=7,
+        num_resumed=8,
+        num_expired=9,
+    )
+    report = cluster_pb2.LoadReport(name="ingestor", num_running=10, num_waiting=11, ingest=ingest)
+    members = [
+        MemberLoad(role="ingestor", load=report),
+        MemberLoad(role="decode", load=cluster_pb2.LoadReport(name="d0")),
+    ]
+    registry.register(ClusterCollector(lambda: members, lambda: "tiny"))
+    labels = {"worker": "ingestor", "role": "ingestor"}
+    shown = {
+        name: value(registry, f"headrace_worker_{name}", **labels)
+        for name in (
+            "ingest_text_chars ingest_opened_total ingest_operations_total ingest_refused_total ingest_revisions_total "
+            "ingest_sent_tokens_total ingest_dropped_tokens_total ingest_resumed_total ingest_expired_total "
+            "running_sequences waiting_sequences"
+        ).split()
+    }
+    assert list(shown.values()) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert value(registry, "headrace_worker_ingest_text_chars", worker="d0", role="decode") is None
+    assert value(registry, "headrace_worker_ingest_opened_total", worker="d0", role="decode") is None
+
+
+def test_an_ingestor_is_no_engine_of_the_boards(registry):
+    members = [MemberLoad(role="ingestor", load=cluster_pb2.LoadReport(name="ingestor", num_running=3))]
+    registry.register(ClusterCollector(lambda: members, lambda: "tiny"))
+    assert value(registry, "vllm:num_requests_running", model_name="tiny", engine="ingestor") is None
+
+
 def test_the_text_is_what_prometheus_parses(registry, metrics, clock):
     registry.register(VllmView(metrics, lambda: "tiny"))
     registry.register(ClusterCollector(lambda: [], lambda: "tiny"))

@@ -32,6 +32,9 @@ millisecond), and sleep between steps, when the cores belong to other processes.
 STAY_LOCAL = {"UCX_NET_DEVICES": "lo"}
 """The transport listens on loopback only, as all servers of a local cluster do; it would take any network card."""
 CACHE_SECRET_FILE = "cache_secret"
+DRAIN_S = 4.0
+"""How long the front door finishes what runs: then its clients hear why it ends, before the supervisor ends it."""
+
 SERVE = (sys.executable, "-m", "headrace.cli.serve")
 CHOSEN = ("grpc_port", "http_port")
 """Of every service: the others are told, so nothing else may change them."""
@@ -287,6 +290,7 @@ def _contents(
                 "kvstores": list(stores.values()),
                 "ingestors": list(ingestors.values()),
                 "model": layout.model,
+                "drain_s": DRAIN_S,
                 "cache_secret": kept_secret(Path(layout.run_dir) / CACHE_SECRET_FILE),
             }
             | redis
@@ -296,7 +300,7 @@ def _contents(
         siblings = [other for other in stores.values() if other != address]
         contents[name] = {"kvstore": {"name": name, "siblings": siblings} | _bind(address) | redis}
     for name, address in ingestors.items():
-        known = {"name": name, "routers": [grpc["router"]], "model": layout.model}
+        known = {"name": name, "routers": [grpc["router"]], "model": layout.model, "drain_s": DRAIN_S}
         contents[name] = {"ingestor": known | _bind(address)}
     for name, role in workers.items():
         contents[name] = {

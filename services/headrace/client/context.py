@@ -18,6 +18,9 @@ from headrace.v1 import ingestor_pb2
 LEAVE_S = 2.0
 """Longest wait for an ingestor to hear that a context is abandoned; it finds out by itself later."""
 
+LINGER_S = 0.2
+"""Longest wait for a call to end by itself, which it does soon after the answer's end or the abandoning."""
+
 Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
 Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
 """Returns a call that begins with a request and may take so many seconds."""
@@ -28,8 +31,8 @@ class AsyncContext:
 
     Text is exactly what is sent: prefix, context and query are joined without anything between them. Every method
     returns, or raises, when the cluster has carried the change out or refused it; one that is refused changes nothing,
-    and the context goes on. A connection that breaks is made anew. Leaving the block before the answer is complete
-    abandons the context.
+    and the context goes on. A connection that breaks is made anew. A change whose method is cancelled may be carried
+    out, and is when another one follows. Leaving the block before the answer is complete abandons the context.
 
     Args:
         connect: Makes a call.
@@ -52,11 +55,12 @@ class AsyncContext:
         self._whole = attempts()
         self._link: ContextLink | None = None
         self._sequence = 0
+        self._unanswered: ingestor_pb2.ContextOperation | None = None
         self._turn = asyncio.Lock()
         self._mending = asyncio.Lock()
         self._cursor = 0
-        self._answer: AsyncContextAnswer | None = None
         self._is_over = False
+        self._lost: HeadraceError | None = None
 
     @property
     def context_id(self) -> str:
@@ -91,13 +95,13 @@ class AsyncContext:
         """
         operation = ingestor_pb2.ContextOperation()
         operation.append.text = messages.utf8(text, "text")
-        operation.append.segment_id = segment or ""
+        operation.append.segment_id = _text(segment or "", "segment")
         return await self._operate(operation)
 
     async def replace(self, from_segment: str, segments: Segments) -> ContextState:
         """Put others in the place of one segment and all behind it; in mode "update". Raises as `append`."""
         operation = ingestor_pb2.ContextOperation()
-        operation.replace.from_segment_id = from_segment
+        operation.replace.from_segment_id = _text(from_segment, "from_segment")
         operation.replace.segments.extend(messages.segments_of(segments))
         return await self._operate(operation)
 
@@ -129,7 +133,7 @@ class AsyncContext:
         is open still.
         """
         operation = ingestor_pb2.ContextOperation()
-        operation.close.query = query
+        operation.close.query = _text(query, "query")
         return AsyncContextAnswer(self._next_piece, lambda: self._operate(operation), self._whole)
 
     async def abandon(self) -> None:
@@ -137,7 +141,10 @@ class AsyncContext:
         if self._link is None or self._is_over:
             return
         self._is_over = True
-        operation = ingestor_pb2.ContextOperation(sequence=self._sequence + 1)
+        if self._unanswered is not None:
+            self._link.send(self._unanswered)
+        self._sequence += 1
+        operation = ingestor_pb2.ContextOperation(sequence=self._sequence)
         operation.abandon.SetInParent()
         with contextlib.suppress(HeadraceError, TimeoutError):
             async with asyncio.timeout(LEAVE_S):
@@ -156,6 +163,8 @@ class AsyncContext:
             if link.state != shown:
                 shown = link.state
                 yield shown
+            elif link.has_piece:
+                return
             elif link.failure is not None:
                 await self._mend(link, link.failure)
             else:
@@ -173,7 +182,7 @@ class AsyncContext:
     async def __aexit__(self, *_: object) -> None:
         await self.abandon()
         if self._link is not None:
-            await self._link.close()
+            await self._link.close(LINGER_S)
 
     # -- Carrying on over broken calls ---------------------------------------------
 
@@ -194,11 +203,11 @@ class AsyncContext:
         except BaseException:
             await link.close()
             raise
-        if self._link is not None:
-            await self._link.close()
-        self._link = link
+        before, self._link = self._link, link
         resume = ingestor_pb2.ResumeContext(context_id=link.opened.context_id)
         self._first = ingestor_pb2.StreamContextRequest(resume=resume)
+        if before is not None:
+            await before.close()
 
     async def _mend(self, link: ContextLink, error: HeadraceError) -> None:
         """Take up the context after a call has failed, unless somebody else has; raise `error` if that does not help.
@@ -220,18 +229,41 @@ class AsyncContext:
     async def _operate(self, operation: ingestor_pb2.ContextOperation) -> ContextState:
         async with self._turn:
             self._open_link()
-            self._sequence += 1
-            operation.sequence = self._sequence
-            while True:
-                link = self._open_link()
-                try:
-                    refusal = await link.operate(operation)
-                    break
-                except HeadraceError as error:
-                    await self._mend(link, error)
+            if self._lost is not None:
+                raise self._lost
+            if self._is_over:
+                raise InvalidRequest("the context is over: nothing can be changed any more", field="operation")
+            before, refusal = self._unanswered, None
+            if before is not None:
+                refusal = await self._have_carried_out(before)
+            if before is not operation:
+                self._sequence += 1
+                operation.sequence = self._sequence
+                refusal = await self._have_carried_out(operation)
             if refusal is not None:
                 raise refusal
-            return link.state
+            return self._open_link().state
+
+    async def _have_carried_out(self, operation: ingestor_pb2.ContextOperation) -> HeadraceError | None:
+        """Send an operation until it is answered; return why it was refused, if it was."""
+        self._unanswered = operation
+        while True:
+            link = self._open_link()
+            try:
+                refusal = await link.operate(operation)
+            except HeadraceError as error:
+                await self._mend_or_lose(link, error)
+                continue
+            self._unanswered = None
+            return refusal
+
+    async def _mend_or_lose(self, link: ContextLink, error: HeadraceError) -> None:
+        try:
+            await self._mend(link, error)
+        except HeadraceError as lost:
+            # Whether the operation was carried out is not known: after it there can be no other.
+            self._lost = lost
+            raise
 
     async def _next_piece(self) -> ingestor_pb2.ContextPiece:
         while True:
@@ -243,6 +275,8 @@ class AsyncContext:
             except HeadraceError as error:
                 await self._mend(link, error)
                 continue
+            if piece.cursor <= self._cursor:
+                continue  # It came by the call before, while this one was made.
             self._cursor = piece.cursor
             if piece.piece.finish_reason:
                 self._is_over = True
@@ -287,3 +321,8 @@ class AsyncContextAnswer:
         if self._answer is None:
             self._answer = cast(AnswerFold, self._fold).answer(self._clock.now_s())
         return self._answer
+
+
+def _text(text: str, field: str) -> str:
+    """Return a text that can be sent; raises InvalidRequest for another."""
+    return messages.utf8(text, field).decode()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc.aio
@@ -9,7 +10,7 @@ import grpc.aio
 from headrace.client.rpc import typed_errors
 from headrace.core.context import ContextState
 from headrace.core.wire import context_state_from_proto, error_from_detail
-from headrace.errors import HeadraceError, InternalError, PeerFailed
+from headrace.errors import Cancelled, HeadraceError, PeerFailed
 from headrace.v1 import ingestor_pb2
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class ContextLink:
         opened: What the ingestor said of the context; after `open`.
         state: The last that was heard.
         changed: Set, and replaced, whenever something was heard.
+        has_piece: Whether a piece of the answer has arrived.
     """
 
     def __init__(
@@ -38,11 +40,14 @@ class ContextLink:
         self.opened = ingestor_pb2.ContextOpened()
         self.state = ContextState()
         self.changed = asyncio.Event()
+        self.has_piece = False
         self._address = address
         self._begin = begin
         self._first = first
         self._call: ContextCall | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._unsent: asyncio.Queue[ingestor_pb2.StreamContextRequest] = asyncio.Queue()
+        self._answered = 0
         self._refusals: dict[int, HeadraceError] = {}
         self._pieces: list[ingestor_pb2.ContextPiece] = []
         self._end: HeadraceError | None = None
@@ -57,9 +62,13 @@ class ContextLink:
         """
         with typed_errors(self._address):
             self._call = self._begin()
-        self._reading = asyncio.create_task(self._read(self._call))
-        await self._send(self._first)
+        self._unsent.put_nowait(self._first)
+        self._tasks = (asyncio.create_task(self._read(self._call)), asyncio.create_task(self._write(self._call)))
         await self._until(lambda: self._has_state)
+
+    def send(self, operation: ingestor_pb2.ContextOperation) -> None:
+        """Send an operation without waiting for what becomes of it."""
+        self._unsent.put_nowait(ingestor_pb2.StreamContextRequest(operation=operation))
 
     async def operate(self, operation: ingestor_pb2.ContextOperation) -> HeadraceError | None:
         """Have an operation carried out; return why it was refused, if it was.
@@ -67,9 +76,9 @@ class ContextLink:
         Raises:
             HeadraceError: the call has failed.
         """
-        await self._send(ingestor_pb2.StreamContextRequest(operation=operation))
+        self.send(operation)
         sequence = operation.sequence
-        await self._until(lambda: sequence in self._refusals or self.state.applied >= sequence)
+        await self._until(lambda: self._answered >= sequence)
         return self._refusals.pop(sequence, None)
 
     @property
@@ -101,23 +110,28 @@ class ContextLink:
             await self.changed.wait()
         return self._pieces.pop(0)
 
-    async def close(self) -> None:
-        """End the call, whatever is under way."""
+    async def close(self, linger_s: float = 0.0) -> None:
+        """End the call, whatever is under way.
+
+        Args:
+            linger_s: How long it may take to end by itself.
+        """
+        reading = self._tasks[:1]
+        if reading and linger_s:
+            await asyncio.wait(reading, timeout=linger_s)
         if self._call is not None:
             self._call.cancel()
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.wait([self._reading])
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _send(self, request: ingestor_pb2.StreamContextRequest) -> None:
-        if self._call is None:
-            raise InternalError("the call was not opened")
-        try:
-            with typed_errors(self._address):
-                await self._call.write(request)
-        except (HeadraceError, asyncio.InvalidStateError):
-            # The call has ended: whoever reads it learns why.
-            await self._until(lambda: False)
+    async def _write(self, call: "ContextCall") -> None:
+        # A task of its own: to cancel a write is to cancel its call. One that has ended refuses writes in several
+        # ways; whoever reads it learns why.
+        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            while True:
+                await call.write(await self._unsent.get())
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
@@ -132,7 +146,9 @@ class ContextLink:
                     self._take(response)
                     self._notify()
         except HeadraceError as error:
-            self._end = error
+            is_bare = isinstance(error, Cancelled) and error.worker == self._address
+            # Nobody cancelled it, or the error would say who and why: the server has left.
+            self._end = PeerFailed(f"{self._address} left during the call", worker=self._address) if is_bare else error
         finally:
             self._has_ended = True
             self._notify()
@@ -143,10 +159,12 @@ class ContextLink:
                 self.opened = response.opened
             case "state":
                 self.state, self._has_state = context_state_from_proto(response.state), True
+                self._answered = response.state.answered_sequence
             case "refused":
                 self._refusals[response.refused.sequence] = error_from_detail(response.refused.error)
             case "piece":
                 self._pieces.append(response.piece)
+                self.has_piece = True
 
     def _notify(self) -> None:
         self.changed.set()

@@ -54,6 +54,10 @@ CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 """gRPC options of the calling end."""
 
+_BROKEN_WRITE = "Internal error from Core"
+"""What grpc.aio says, under the code INTERNAL, of a call that ended, or whose connection broke, under a message that
+was being sent (grpcio 1.80 and 1.85); why it ended is lost."""
+
 _BY_STATUS: dict[str, type[HeadraceError]] = {
     "CANCELLED": Cancelled,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
@@ -104,6 +108,8 @@ def error_of(
     if detail is not None:
         return error_from_detail(detail)
     kind = _BY_STATUS.get(code, InternalError)
+    if kind is InternalError and message == _BROKEN_WRITE:
+        return PeerFailed(f"the call to {peer or 'peer'} ended while a message was sent", worker=peer or None)
     if kind is Overloaded and "larger than max" in message:
         # gRPC reports an oversized message with the code of a quota; a retry would not help.
         kind = InvalidRequest

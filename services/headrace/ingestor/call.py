@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import TypeAlias
 
-from headrace.core.context import Abandon, ContextState
+from headrace.core.context import Abandon
 from headrace.core.wire import context_state_to_proto, error_to_detail, piece_to_proto
 from headrace.errors import HeadraceError, InvalidRequest
 from headrace.ingestor.session import Session
@@ -29,18 +29,28 @@ class ContextCall:
         session: The context.
         cursor: Pieces of the answer that the client has.
         tasks: Outlives every call.
+
+    Raises:
+        InvalidRequest: there are not so many pieces.
     """
 
     def __init__(self, session: Session, cursor: int, tasks: asyncio.TaskGroup) -> None:
+        if cursor > len(session.pieces):
+            raise InvalidRequest(
+                f"{cursor} pieces of the answer are said to have arrived",
+                field="resume.cursor",
+                limit=f"{len(session.pieces)}",
+            )
         self._session = session
         self._cursor = cursor
         self._tasks = tasks
         self._refused: deque[ingestor_pb2.OperationRefused] = deque()
+        self._answered = 0
         self._error: HeadraceError | None = None
         self._has_all = False
         self._is_busy = self._has_heard = False
         self._has_abandoned = False
-        self._linger = session.has_ended
+        self._linger = True
 
     async def responses(self, requests: Requests) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Yield what happens, until the answer is complete or the client has no more to say of an open context.
@@ -53,15 +63,15 @@ class ContextCall:
         reading = self._tasks.create_task(self._read(requests))
         try:
             yield ingestor_pb2.StreamContextResponse(opened=_opened(session))
-            shown: ContextState | None = None
+            shown: ingestor_pb2.ContextState | None = None
             while True:
                 changed = session.changed
                 while self._refused:
                     yield ingestor_pb2.StreamContextResponse(refused=self._refused.popleft())
-                state = session.state()
+                state = self._state()
                 # Not in the midst of an operation of this call, which may be refused yet.
                 if state != shown and not self._is_busy:
-                    yield ingestor_pb2.StreamContextResponse(state=context_state_to_proto(state))
+                    yield ingestor_pb2.StreamContextResponse(state=state)
                     shown = state
                 while self._cursor < len(session.pieces):
                     yield ingestor_pb2.StreamContextResponse(piece=self._next_piece())
@@ -73,9 +83,9 @@ class ContextCall:
                 if not (self._refused or changed.is_set()):
                     await changed.wait()
         finally:
+            session.detach()
             reading.cancel()
             await asyncio.wait([reading])
-            session.detach()
 
     async def _hear_out(self) -> None:
         """Wait a little for the first words of a client that took up a context after its end."""
@@ -84,6 +94,11 @@ class ContextCall:
             async with asyncio.timeout(LINGER_S):
                 while not (self._has_all or self._has_heard):
                     await self._session.changed.wait()
+
+    def _state(self) -> ingestor_pb2.ContextState:
+        state = context_state_to_proto(self._session.state())
+        state.answered_sequence = self._answered
+        return state
 
     def _next_piece(self) -> ingestor_pb2.ContextPiece:
         session = self._session
@@ -101,12 +116,13 @@ class ContextCall:
             HeadraceError: for a reason.
         """
         session = self._session
-        if self._refused or self._cursor < len(session.pieces):
+        # An operation under way may be the one that ends the context: its outcome is told first.
+        if self._is_busy or self._refused or self._cursor < len(session.pieces):
             return False
         for error in (session.failure, self._error):
             if error is not None and not self._has_abandoned:
                 raise error
-        return session.has_ended or (self._has_all and not session.is_closed)
+        return session.has_ended or (self._has_all and not session.is_closed and not session.is_awaited)
 
     async def _read(self, requests: Requests) -> None:
         try:
@@ -122,7 +138,7 @@ class ContextCall:
         self._session.notify()
 
     async def _carry_out(self, message: ingestor_pb2.ContextOperation) -> None:
-        operation = operation_from_proto(message)
+        operation = operation_from_proto(message, self._session.max_segments)
         self._is_busy = True
         try:
             refusal = await self._session.apply(message.sequence, operation, refuse_repeated=message.refuse_repeated)
@@ -131,6 +147,7 @@ class ContextCall:
                 self._refused.append(refused)
             elif isinstance(operation, Abandon):
                 self._has_abandoned = True
+            self._answered = max(self._answered, message.sequence)
         finally:
             self._is_busy, self._has_heard = False, True
         self._session.notify()

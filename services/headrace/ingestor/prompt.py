@@ -1,9 +1,9 @@
 """The prompt around a context: what stands before it, and what the model's chat template makes of both."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from headrace.core.common_prefix import num_common
 from headrace.errors import InvalidRequest
 from headrace.text.model import TextModel
 
@@ -47,6 +47,11 @@ class PlainPrompt:
         return self._prefix + context + query
 
 
+_ONE, _OTHER = "x", "y y"
+"""Two ways in which a context may go on. Templates trim what the user says, change it, show it twice or count its
+words: the prompt that is certain is what they make of both."""
+
+
 class ChatPrompt:
     """Messages, then one of the user that is context and query.
 
@@ -61,17 +66,13 @@ class ChatPrompt:
     def __init__(self, model: TextModel, messages: Sequence[Mapping[str, str]]) -> None:
         self._model = model
         self._messages = list(messages)
-        # Templates trim a message, or look into it: what one makes of a context that goes on is seen with a word
-        # behind it that is nowhere else.
-        self._mark = f"mark{secrets.token_hex(16)}"
-        self.begun("")
+        if self._render(_ONE) == self._render(_OTHER):
+            raise InvalidRequest("the chat template leaves out what the user says", field="messages")
 
     def begun(self, context: str) -> str:
-        """Return the rendered chat up to the end of the context."""
-        before, mark, _ = self._render(context + self._mark).rpartition(self._mark)
-        if not mark:
-            raise InvalidRequest("the chat template leaves out what the user says", field="messages")
-        return before
+        """Return the rendered chat up to where it depends on how the context goes on."""
+        one, other = self._render(context + _ONE), self._render(context + _OTHER)
+        return one[: num_common(one, other)]
 
     def whole(self, context: str, query: str) -> str:
         """Return the rendered chat, up to where the answer begins."""

@@ -9,10 +9,10 @@ import grpc.aio
 
 from headrace.core.common_prefix import num_common
 from headrace.core.kept_since import KeptSince
-from headrace.core.request import Piece
 from headrace.core.wire import piece_from_proto
-from headrace.errors import DeadlineExceeded, HeadraceError, InternalError, PeerFailed
+from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError, PeerFailed
 from headrace.ingestor.parts import IngestParts
+from headrace.ingestor.repeated import RepeatedAnswer
 from headrace.ingestor.routers import is_movable, metadata_of
 from headrace.ingestor.session import Session
 from headrace.runtime.channels import translate_errors
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = 0.2
 MOST_PAUSE_S = 2.0
-"""Pauses between attempts double up to this."""
+"""Pauses between attempts double up to this, until a router is heard again."""
+
+MAX_ID_CHARS = 128
 
 
 class RouterRun:
@@ -48,26 +50,25 @@ class RouterRun:
         self._num_final = 0
         self._kept = KeptSince()
         self._is_rewritten = False
-        self._answered: list[int] = []
-        self._num_chars = 0
-        self._num_seen_chars = 0
+        self._answer = RepeatedAnswer()
+        self._pause_s = PAUSE_S
 
     async def run(self) -> None:
         """Go on until the context has ended; failures end it."""
-        pause_s, num_reopens = PAUSE_S, 0
+        num_reopens = 0
         try:
             while not self._session.has_ended:
                 await self._until_known()
                 try:
                     await self._attempt()
-                    pause_s = PAUSE_S
                 except HeadraceError as error:
                     num_reopens += self._session.is_closed
                     if not is_movable(error) or num_reopens > self._parts.config.max_reopens:
                         raise
                     logger.info("context is sent again", extra={"error": error.code})
-                    await asyncio.sleep(min(pause_s, max(0.0, self._remaining_s())))
-                    pause_s = min(2 * pause_s, MOST_PAUSE_S)
+                    self._session.note_lost()
+                    await asyncio.sleep(min(self._pause_s, self._remaining_s()))
+                    self._pause_s = min(2 * self._pause_s, MOST_PAUSE_S)
         except HeadraceError as error:
             self._session.end(error)
         except Exception:  # noqa: BLE001 a bug in one context must not end the ingestor's task group
@@ -89,7 +90,8 @@ class RouterRun:
         call: Call = routers.stub(address).GenerateContext(
             timeout=self._remaining_s(), metadata=metadata_of(self._session.opening.tenant)
         )
-        self._is_rewritten, self._num_seen_chars = False, 0
+        self._is_rewritten = False
+        self._answer.begin()
         writing = self._parts.tasks.create_task(self._write(call))
         try:
             async with translate_errors(address):
@@ -100,9 +102,12 @@ class RouterRun:
         except HeadraceError as error:
             if self._is_rewritten:
                 return
+            if isinstance(error, Cancelled):
+                # Nobody here cancelled it: the router has left.
+                error = PeerFailed("the router left during the call", worker=address)
             if is_movable(error):
                 routers.avoid(address)
-            raise
+            raise error
         finally:
             call.cancel()
             writing.cancel()
@@ -117,9 +122,13 @@ class RouterRun:
     # -- To the router -------------------------------------------------------------
 
     async def _write(self, call: "Call") -> None:
-        # A call that has ended refuses writes in several ways; whoever reads it learns why.
-        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            await self._send(call)
+        try:
+            # A call that has ended refuses writes in several ways; whoever reads it learns why.
+            with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                await self._send(call)
+        except Exception:  # noqa: BLE001 a bug in one context must not end the ingestor's task group
+            logger.exception("context was not sent")
+            self._session.end(InternalError("the ingestor failed on this context; its log has the cause"))
 
     async def _send(self, call: "Call") -> None:
         session = self._session
@@ -141,7 +150,8 @@ class RouterRun:
         request.CopyFrom(self._session.opening.request)
         # A router that lost the context may still be busy with it under its name.
         if self._num_attempts:
-            request.request_id += f".{self._num_attempts}"
+            number = f".{self._num_attempts}"
+            request.request_id = request.request_id[: MAX_ID_CHARS - len(number)] + number
         self._num_attempts += 1
         request.tokens.token_ids.extend(known)
         return request
@@ -183,8 +193,9 @@ class RouterRun:
     # -- From the router -----------------------------------------------------------
 
     def _take(self, response: router_pb2.GenerateContextResponse) -> None:
+        self._pause_s = PAUSE_S
         if response.HasField("piece"):
-            piece = self._fresh(piece_from_proto(response.piece))
+            piece = self._answer.fresh(piece_from_proto(response.piece))
             if piece.text or piece.tokens or piece.finish is not None:
                 self._session.add(piece)
             return
@@ -192,21 +203,3 @@ class RouterRun:
         num_computed = self._kept.still(progress.version, progress.computed_tokens)
         if num_computed:
             self._session.note_computed(self._sent, num_computed)
-
-    def _fresh(self, piece: Piece) -> Piece:
-        """Return what has not arrived by an earlier attempt.
-
-        Raises:
-            InternalError: the answer is not the one that an earlier attempt began.
-        """
-        for token in piece.tokens:
-            if token.cursor < len(self._answered) and self._answered[token.cursor] != token.token_id:
-                raise InternalError("the answer differs from what another router had begun to answer")
-        tokens = tuple(token for token in piece.tokens if token.cursor >= len(self._answered))
-        self._answered.extend(token.token_id for token in tokens)
-        num_known = max(0, self._num_chars - self._num_seen_chars)
-        self._num_seen_chars += len(piece.text)
-        self._num_chars = max(self._num_chars, self._num_seen_chars)
-        return Piece(
-            choice=piece.choice, text=piece.text[num_known:], tokens=tokens, finish=piece.finish, usage=piece.usage
-        )

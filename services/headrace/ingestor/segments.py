@@ -100,4 +100,7 @@ def _decode(found: bytes, field: str, *, is_final: bool) -> tuple[str, bytes]:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"byte {error.start} of the text is not UTF-8: {error.reason}", field=field) from None
     rest, _ = decoder.getstate()
+    # Half of a surrogate pair, for which Python's decoder waits in vain: nothing that follows makes it a character.
+    if rest[:1] == b"\xed" and rest[1:2] >= b"\xa0":
+        raise InvalidRequest(f"byte {len(found) - len(rest)} of the text is not UTF-8: a surrogate", field=field)
     return text, rest

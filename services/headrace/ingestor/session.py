@@ -1,6 +1,7 @@
 """One context while it arrives, and its answer."""
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ logger = logging.getLogger(__name__)
 REPEATED = "operation.sequence"
 """Field at fault of an operation that was refused because of its number."""
 
+NUM_REFUSALS = 256
+"""Most refusals that are kept to be told again; older operations are answered as if they had been carried out."""
+
 _Render: TypeAlias = Callable[[], str]
 
 
 class SequenceGap(InvalidRequest):
-    """Operations were lost on the way: the call is over, the context is as it was."""
+    """Operations were lost on the way, or not counted: the call is over, the context is as it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +114,7 @@ class Session:
         self._turn = asyncio.Lock()
         self._segments = SegmentedText()
         self._applied = 0
-        self._refusal: HeadraceError | None = None
+        self._refusals: dict[int, HeadraceError] = {}
         self._num_tokens = self._num_fixed = 0
         self._num_computed = 0
         self._checkpoints: list[tuple[int, int]] = []
@@ -128,12 +132,18 @@ class Session:
     @property
     def num_final(self) -> int:
         """Leading tokens of `known` that no later change touches."""
-        return len(self.known) if self.opening.mode is ContextMode.APPEND else self._num_fixed
+        is_append = self.opening.mode is ContextMode.APPEND
+        return len(self.known) if is_append else min(self._num_fixed, len(self.known))
 
     @property
     def has_ended(self) -> bool:
         """Whether nothing becomes of it any more."""
         return self.ended_s is not None
+
+    @property
+    def max_segments(self) -> int:
+        """Most segments that it may have."""
+        return self._parts.config.max_segments
 
     @property
     def is_awaited(self) -> bool:
@@ -181,7 +191,7 @@ class Session:
 
     async def _in_turn(self, sequence: int, operation: Operation, *, refuse_repeated: bool) -> HeadraceError | None:
         async with self._turn:
-            if sequence > self._applied + 1:
+            if not 1 <= sequence <= self._applied + 1:
                 return SequenceGap(
                     f"operation {sequence} came after {self._applied}",
                     field="operation.sequence",
@@ -192,15 +202,24 @@ class Session:
                     return InvalidRequest(
                         f"operation {sequence} was carried out before", field=REPEATED, limit=f"{self._applied + 1}"
                     )
-                return self._refusal if sequence == self._applied else None
+                return self._refusals.get(sequence)
             outcome = await self._carry_out(sequence, operation)
-            self._refusal, self._applied = outcome, sequence
+            self._applied = sequence
+            self._remember(sequence, outcome)
             self.active_s = self._parts.clock.now()
             self._parts.counts.operations += 1
             self._parts.counts.refused += outcome is not None
             self._look_at_checkpoints()
             self.notify()
             return outcome
+
+    def _remember(self, sequence: int, outcome: HeadraceError | None) -> None:
+        """Keep what an operation was refused with: a client that has not heard of it asks again."""
+        if outcome is not None:
+            # A copy: an error that was raised keeps the texts of whoever raised it.
+            self._refusals[sequence] = dataclasses.replace(outcome)
+        if len(self._refusals) > NUM_REFUSALS:
+            del self._refusals[min(self._refusals)]
 
     async def _carry_out(self, sequence: int, operation: Operation) -> HeadraceError | None:
         try:
@@ -216,10 +235,10 @@ class Session:
                     self._refuse_large(sum(len(segment.text) for segment in operation.segments))
                     await self._take(self._segments.replace(operation))
                 case Checkpoint():
-                    self._checkpoints.append((sequence, len(self.known)))
+                    self._await(sequence, len(self.known))
                 case Close():
                     self._refuse_late()
-                    self._refuse_large(len(operation.query))
+                    self._refuse_large(len(operation.query.encode()))
                     await self._close(operation.query)
                 case Abandon():
                     self.is_abandoned = True
@@ -233,6 +252,12 @@ class Session:
             self.end(InternalError("the ingestor failed on this context; its log has the cause"))
             return self.failure
         return None
+
+    def _await(self, sequence: int, goal: int) -> None:
+        """Take note of a checkpoint; those that it is reached with are one."""
+        while self._checkpoints and self._checkpoints[-1][1] >= goal:
+            self._checkpoints.pop()
+        self._checkpoints.append((sequence, goal))
 
     def _refuse_late(self) -> None:
         if self.failure is not None:
@@ -255,37 +280,34 @@ class Session:
             limit = str(self._parts.config.max_segments)
             raise InvalidRequest(f"a context has at most {limit} segments", field="segments", limit=limit)
         text = await self._fitting(lambda: self.opening.prompt.begun(segments.text), segments.text)
-        before = self._growing.text
-        num_tokens = await off_loop(_num_new(before, text), lambda: self._grow(text))
+        growing, before = self._growing, self._growing.text
+        num_tokens = await off_loop(_num_new(before, text), lambda: _grow(growing, text))
         try:
             self._refuse_late()
             self._check_room(num_tokens)
             self._parts.room.resize(self.opening.context_id, len(text))
         except HeadraceError:
-            await off_loop(_num_new(text, before), lambda: self._growing.replace(before))
+            await off_loop(_num_new(text, before), lambda: growing.replace(before))
             raise
         self._segments, self._num_tokens = segments, num_tokens
-        self._know(list(self._growing.stable))
+        self._know(list(growing.stable))
 
     async def _close(self, query: str) -> None:
         context = self._segments.whole()
         text = await self._fitting(lambda: self.opening.prompt.whole(context, query), context)
-        before = self._growing.text
-        tokens = await off_loop(_num_new(before, text), lambda: self._complete(text))
+        growing, before = self._growing, self._growing.text
+        tokens = await off_loop(_num_new(before, text), lambda: _complete(growing, text))
         try:
             self._refuse_late()
             if not tokens:
                 raise InvalidRequest("a closed context needs at least 1 token", field="close.query")
             self._check_room(len(tokens))
         except HeadraceError:
-            await off_loop(_num_new(text, before), lambda: self._growing.replace(before))
+            await off_loop(_num_new(text, before), lambda: growing.replace(before))
             raise
         self._know(tokens)
         self._num_tokens, self.is_closed = len(tokens), True
-        # Nothing is asked of the text any more.
-        self._segments = SegmentedText()
-        self._growing.replace("")
-        self._parts.room.forget(self.opening.context_id)
+        self._forget_text()
 
     async def _fitting(self, render: _Render, context: str) -> str:
         """Return the prompt of a context, refused before time goes into tokens if it cannot fit."""
@@ -298,13 +320,12 @@ class Session:
         check_prompt_length(self._parts.model.min_num_tokens(text), self.opening.limits, name="the context")
         return text
 
-    def _grow(self, text: str) -> int:
-        self._growing.replace(text)
-        return self._growing.num_tokens()
-
-    def _complete(self, text: str) -> list[int]:
-        self._growing.replace(text)
-        return self._growing.complete()
+    def _forget_text(self) -> None:
+        """Take note that nothing is asked of the text any more."""
+        self._segments = SegmentedText()
+        # Another one: an operation may be at work on it, in a thread.
+        self._growing = GrowingTokens(self._parts.model, self._parts.cuts)
+        self._parts.room.forget(self.opening.context_id)
 
     def _check_room(self, num_tokens: int) -> None:
         check_room(num_tokens, max(1, self.opening.request.sampling.max_tokens), self.opening.limits)
@@ -324,10 +345,16 @@ class Session:
         self._look_at_checkpoints()
         self.notify()
 
+    def note_lost(self) -> None:
+        """Take note that whoever had computed it is gone."""
+        if not self.pieces:
+            self.note_computed(self.known, 0)
+
     def add(self, piece: Piece) -> None:
         """Take the next piece of the answer; the last one ends the context."""
         self.pieces.append(piece)
         self._num_computed = len(self.known)
+        self._look_at_checkpoints()
         if piece.finish is not None:
             self.end(None)
         else:
@@ -359,10 +386,19 @@ class Session:
         if self.ended_s is None:
             self.ended_s = self._parts.clock.now()
             self.failure = failure
-            self._segments = SegmentedText()
-            self._parts.room.forget(self.opening.context_id)
+            self._forget_text()
             self.on_end()
             self.notify()
+
+
+def _grow(growing: GrowingTokens, text: str) -> int:
+    growing.replace(text)
+    return growing.num_tokens()
+
+
+def _complete(growing: GrowingTokens, text: str) -> list[int]:
+    growing.replace(text)
+    return growing.complete()
 
 
 def _num_new(before: str, text: str) -> int:

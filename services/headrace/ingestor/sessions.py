@@ -1,6 +1,7 @@
 """All contexts of an ingestor: opened within quotas, found again, ended when nobody cares any more."""
 
 import asyncio
+import dataclasses
 import logging
 import secrets
 from collections.abc import Callable
@@ -83,7 +84,11 @@ class Sessions:
         card = await self._parts.routers.model(wanted.request.model)
         session = Session(self._opening(wanted, card), self._parts)
         await session.begin()
-        self._admit(wanted.tenant)  # Others may have come meanwhile.
+        try:
+            self._admit(wanted.tenant)  # Others may have come meanwhile.
+        except HeadraceError as error:
+            session.end(error)
+            raise
         self._parts.counts.opened += 1
         self._start(session)
         return session
@@ -93,10 +98,13 @@ class Sessions:
 
         Raises:
             UnknownContext: it is not, or it is another tenant's.
+            HeadraceError: why it has ended before its answer was complete.
         """
         session = self._sessions.get(ContextId(context_id))
         if session is None or session.opening.tenant != tenant or session.is_abandoned:
             raise UnknownContext("there is no such context, or not any more", field="context_id")
+        if session.failure is not None:
+            raise dataclasses.replace(session.failure)
         self._parts.counts.resumed += 1
         return session
 
@@ -114,6 +122,7 @@ class Sessions:
                 logger.info("context expired", extra={"error": reason.code})
                 self._parts.counts.expired += 1
                 session.end(reason)
+                session.is_abandoned |= isinstance(reason, Cancelled)
             grace_s = self._parts.config.grace_s
             if session.ended_s is not None and self._parts.clock.now() >= session.ended_s + grace_s:
                 self._sessions.pop(session.opening.context_id)

@@ -1,5 +1,8 @@
 """Operations on contexts, from the wire."""
 
+from collections.abc import Sequence
+from itertools import islice
+
 from headrace.core.context import (
     Abandon,
     Append,
@@ -34,8 +37,13 @@ def mode_to_proto(mode: ContextMode) -> "ingestor_pb2.ContextMode.ValueType":
     return ingestor_pb2.CONTEXT_MODE_APPEND if is_append else ingestor_pb2.CONTEXT_MODE_UPDATE
 
 
-def operation_from_proto(message: ingestor_pb2.ContextOperation) -> Operation:
+def operation_from_proto(message: ingestor_pb2.ContextOperation, max_segments: int) -> Operation:
     """Read an operation.
+
+    Args:
+        message: What to read.
+        max_segments: Of more than these only one is read: the operation will be refused, and a message has room for
+            so many that reading them takes a minute.
 
     Raises:
         InvalidRequest: none is set.
@@ -45,9 +53,10 @@ def operation_from_proto(message: ingestor_pb2.ContextOperation) -> Operation:
             return Append(segment_id=message.append.segment_id, text=message.append.text)
         case "replace":
             change = message.replace
-            return Replace(from_segment_id=change.from_segment_id, segments=tuple(map(_segment, change.segments)))
+            segments = _segments(change.segments, max_segments)
+            return Replace(from_segment_id=change.from_segment_id, segments=segments)
         case "update":
-            return Replace(from_segment_id=None, segments=tuple(map(_segment, message.update.segments)))
+            return Replace(from_segment_id=None, segments=_segments(message.update.segments, max_segments))
         case "checkpoint":
             return Checkpoint()
         case "close":
@@ -57,5 +66,5 @@ def operation_from_proto(message: ingestor_pb2.ContextOperation) -> Operation:
     raise InvalidRequest("an operation is empty, or one that only newer clients know", field="operation")
 
 
-def _segment(message: ingestor_pb2.ContextSegment) -> Segment:
-    return Segment(segment_id=message.id, text=message.text)
+def _segments(messages: Sequence[ingestor_pb2.ContextSegment], most: int) -> tuple[Segment, ...]:
+    return tuple(Segment(segment_id=each.id, text=each.text) for each in islice(messages, most + 1))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import socket
 import sys
@@ -41,7 +42,6 @@ NEW_WORK = (
     "/headrace.v1.RouterService/GenerateContext",
     "/headrace.v1.IngestorService/StreamContext",
 )
-DRAIN_S = 10.0
 DATE_INTERVAL_S = 1.0
 
 
@@ -116,13 +116,19 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         if not lifecycle.is_stopping:
             raise InternalError("the HTTP server ended by itself")
         live.is_draining = True
-        await server.drain(lifecycle.grace_s(DRAIN_S))
-        web.leave()
+        await _finish(server, web, lifecycle.grace_s(config.drain_s), clock)
         await asyncio.wait([serving])
         await server.stop()
         for task in background:
             task.cancel()
         await index.close()
+
+
+async def _finish(server: GrpcServer, web: "_Web", grace_s: float, clock: WallClock) -> None:
+    """Let what runs go on for a while, at both servers together."""
+    begun_s = clock.now()
+    await server.drain(grace_s)
+    web.leave(grace_s - (clock.now() - begun_s))
 
 
 def _register_views(
@@ -165,7 +171,6 @@ def _web_server(config: RouterConfig, app: FastAPI) -> "_Web":
         log_config=None,
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=int(DRAIN_S),
     )
     return _Web(web)
 
@@ -181,8 +186,9 @@ class _Web(uvicorn.Server):
         super().__init__(config)
         self._leaving = asyncio.Event()
 
-    def leave(self) -> None:
-        """Take no connection any more, and end when those that are open do."""
+    def leave(self, grace_s: float) -> None:
+        """Take no connection any more, and end when those that are open do, or in about so many seconds."""
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(grace_s))
         self.should_exit = True
         self._leaving.set()
 

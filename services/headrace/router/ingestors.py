@@ -1,20 +1,34 @@
 """Contexts in text, passed on to the ingestors: the router is the one front door."""
 
 import asyncio
+import itertools
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
 from headrace.core.tenancy import TENANT_HEADER, tenant_of
-from headrace.errors import HeadraceError, InvalidRequest, NotReady, UnknownContext
+from headrace.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidRequest,
+    NotReady,
+    UnknownContext,
+)
 from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
 from headrace.v1 import cluster_pb2, ingestor_pb2, ingestor_pb2_grpc
 
 if TYPE_CHECKING:
     from headrace.client.context_link import ContextCall
+
+logger = logging.getLogger(__name__)
+
+FIRST_REQUEST_S = 10.0
+"""Longest wait for the request that says what a call is for."""
 
 
 class Ingestors:
@@ -28,9 +42,10 @@ class Ingestors:
     def __init__(self, table: WorkerTable, channels: Channels) -> None:
         self._table = table
         self._channels = channels
+        self._numbers = itertools.count()
 
     def address_of(self, first: ingestor_pb2.StreamContextRequest) -> str:
-        """Return who is to be called: the one that has a context, or the one with the fewest.
+        """Return who is to be called: the one that has a context, or for a new one the one with the fewest.
 
         Raises:
             InvalidRequest: the request neither opens a context nor takes one up again.
@@ -48,7 +63,10 @@ class Ingestors:
         ready = self._table.ingestors()
         if not ready:
             raise NotReady("no ingestor is connected and ready", retry_after_s=1.0)
-        return min(ready, key=lambda each: each.load.num_running + each.load.num_waiting).address
+        chosen = min(ready, key=lambda each: each.load.num_running + each.load.num_waiting + len(each.reserved))
+        # It counts there until a report does: else all that are opened between two reports would go to one.
+        self._table.reserve(chosen.name, f"context-{next(self._numbers)}", 0)
+        return chosen.address
 
     def begin(self, address: str, tenant: str, timeout_s: float | None) -> "ContextCall":
         """Begin a call to an ingestor; nothing is sent yet."""
@@ -78,9 +96,14 @@ class IngestorForwarder(ingestor_pb2_grpc.IngestorServiceServicer):
         context: "grpc.aio.ServicerContext[object, object]",
     ) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Pass requests on and responses back until either end leaves."""
+        try:
+            async with asyncio.timeout(FIRST_REQUEST_S):
+                first = await anext(request_iterator, None)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no request came within {FIRST_REQUEST_S:g} s", field="request") from None
+        # Not before: a call that ends while its client writes hides from it why.
         metadata = context.invocation_metadata() or ()
         tenant = tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
-        first = await anext(request_iterator, None)
         if first is None:
             raise InvalidRequest("the first request opens a context or takes one up again", field="request")
         address = self._ingestors.address_of(first)
@@ -129,16 +152,23 @@ class _Passing:
 
     async def run(self) -> None:
         """Go on until the client has no more to say, or the call has ended."""
-        # A call that has ended refuses writes in several ways; whoever reads it learns why.
-        with suppress(grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            try:
-                await self._write(self._first)
-                async for request in self._rest:
-                    await self._write(request)
-                await self._call.done_writing()
-            except HeadraceError as error:
-                self.error = error
-                self._call.cancel()
+        try:
+            await self._write(self._first)
+            async for request in self._rest:
+                await self._write(request)
+            await self._call.done_writing()
+        except HeadraceError as error:
+            self._give_up(error)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            # A call that has ended refuses writes in several ways; whoever reads it learns why.
+            return
+        except Exception as error:  # noqa: BLE001 bytes that are no message must not end the router's task group
+            logger.info("context broke off", extra={"error": repr(error)})
+            self._give_up(Cancelled("the stream of the context broke off"))
+
+    def _give_up(self, error: HeadraceError) -> None:
+        self.error = error
+        self._call.cancel()
 
     async def _write(self, request: ingestor_pb2.StreamContextRequest) -> None:
         size = request.ByteSize()

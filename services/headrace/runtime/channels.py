@@ -16,9 +16,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_CHANNELS = 256
 
-_BROKEN_WRITE = "Internal error from Core"
-"""What grpc.aio says, under the code INTERNAL, of a call whose connection broke under a message (grpcio 1.80)."""
-
 
 class Channels:
     """Owns one channel per address; closed as a whole.
@@ -102,8 +99,6 @@ class Channels:
 
 def to_headrace_error(error: grpc.aio.AioRpcError, peer: str = "") -> HeadraceError:
     """Return the error that a failed call stands for; without our detail it is judged by its code."""
-    if error.details() == _BROKEN_WRITE:
-        return PeerFailed(f"connection to {peer} broke while a message was sent", worker=peer)
     return error_of(error.code().name, error.details() or "", error.trailing_metadata() or (), peer)
 
 

@@ -124,7 +124,7 @@ class ResumeContext(_message.Message):
     context_id: _builtins.str
     """As `ContextOpened` named it."""
     cursor: _builtins.int
-    """Pieces of the answer that have arrived: the next is sent first."""
+    """Pieces of the answer that have arrived, not more than there are: the next is sent first."""
     def __init__(
         self,
         *,
@@ -429,6 +429,7 @@ class ContextState(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     IS_CLOSED_FIELD_NUMBER: _builtins.int
     NUM_SEGMENTS_FIELD_NUMBER: _builtins.int
+    ANSWERED_SEQUENCE_FIELD_NUMBER: _builtins.int
     applied_sequence: _builtins.int
     """Last operation that was carried out or refused."""
     checkpoint_sequence: _builtins.int
@@ -443,6 +444,8 @@ class ContextState(_message.Message):
     """Whether it is closed."""
     num_segments: _builtins.int
     """Segments of the context; 0 once it is closed."""
+    answered_sequence: _builtins.int
+    """Last operation of this call that was carried out, answered again or refused; 0 before the first."""
     def __init__(
         self,
         *,
@@ -452,10 +455,11 @@ class ContextState(_message.Message):
         computed_tokens: _builtins.int = ...,
         is_closed: _builtins.bool = ...,
         num_segments: _builtins.int = ...,
+        answered_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_sequence", b"applied_sequence", "checkpoint_sequence", b"checkpoint_sequence", "computed_tokens", b"computed_tokens", "is_closed", b"is_closed", "num_segments", b"num_segments", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_sequence", b"answered_sequence", "applied_sequence", b"applied_sequence", "checkpoint_sequence", b"checkpoint_sequence", "computed_tokens", b"computed_tokens", "is_closed", b"is_closed", "num_segments", b"num_segments", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,7 +541,7 @@ class StreamContextResponse(_message.Message):
 
     @_builtins.property
     def refused(self) -> Global___OperationRefused:
-        """Before the state that has carried out its operation."""
+        """Before the state that answers its operation."""
 
     @_builtins.property
     def piece(self) -> Global___ContextPiece:

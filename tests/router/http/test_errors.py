@@ -87,6 +87,23 @@ async def test_a_bad_field_is_named(http, frontend, fields, param):
     assert frontend.requests == []
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}),
+        (CHAT, {"messages": HI, "max_tokens": 199}),
+        ("/v1/completions", {"prompt": "x" * 300}),
+        ("/v1/completions", {"prompt": "x" * 19_000}),
+        ("/v1/completions", {"prompt": [5] * 200}),
+    ],
+    ids=["chat", "answer", "text", "far", "tokens"],
+)
+async def test_what_does_not_fit_the_context_has_openais_code(http, path, body):
+    response = await http.post(path, json=body)
+    assert response.status_code == 400
+    assert error_of(response)["code"] == "context_length_exceeded"
+
+
 async def test_options_that_ask_for_nothing_are_accepted(http):
     body = {"tools": [], "tool_choice": "none", "n": None, "store": False, "modalities": ["text"], "stop": None}
     assert (await http.post(CHAT, json={"messages": HI, **body})).status_code == 200

@@ -160,7 +160,7 @@ class UpdateBody(OperationBody, kw_only=True, frozen=True):
 
 
 class CloseBody(OperationBody, kw_only=True, frozen=True):
-    """Body of /v1/contexts/{id}/close; `cursor` pieces of the answer have arrived already."""
+    """Body of /v1/contexts/{id}/close; `cursor` is the id of the last event that has arrived already."""
 
     query: str | None = None
     stream: bool | None = None

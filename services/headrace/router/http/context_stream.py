@@ -17,12 +17,13 @@ from headrace.v1 import ingestor_pb2
 class ContextStream:
     """Turns pieces into chunks: those of a chat if the context is one, else of a completion.
 
+    The event of a piece has its number as id, so that a client can say how far it has come.
+
     Args:
         opened: What the context is.
         request: The HTTP request.
         context: Has clock and models.
         has_usage: Whether the client asked for usage.
-        has_role: Whether the chunk that names the role comes first; not when the answer is taken up again.
     """
 
     def __init__(
@@ -32,45 +33,46 @@ class ContextStream:
         context: HttpContext,
         *,
         has_usage: bool,
-        has_role: bool,
     ) -> None:
         self._text = context.frontend.model(opened.model).text
         self._logprobs = CompletionLogprobs(self._text)
         self._is_chat = opened.is_chat
         self._has_usage = has_usage
-        self._needs_role = has_role and opened.is_chat
         self._usage = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
         head = _head(opened, request, context, is_stream=True)
         self._writer = ChunkWriter(head, "delta" if opened.is_chat else "text", has_usage=has_usage)
 
-    def events(self, piece: Piece) -> bytes:
-        """Return the events of the next piece; empty if it shows nothing."""
+    def events(self, number: int, piece: Piece) -> bytes:
+        """Return the events of the next piece, which are none if it shows nothing.
+
+        Args:
+            number: Of the piece, from 1.
+            piece: The piece.
+        """
         self._usage = piece.usage or self._usage
+        shown = _with_logprobs(piece.tokens)
         events = b""
-        if self._needs_role:
-            self._needs_role = False
-            role = encode_json({"role": "assistant", "content": "", "refusal": None})
-            events += self._writer.chunk(0, role, None)
-        return events + (self._chat(piece) if self._is_chat else self._completion(piece))
+        if number == 1 and self._is_chat:
+            events = self._writer.chunk(0, encode_json({"role": "assistant", "content": "", "refusal": None}), None)
+        if not (piece.text or shown or piece.finish is not None):
+            return events
+        # One event, for a client that got only the first of two could not say so.
+        event = self._writer.chunk(0, self._payload(piece.text, shown), piece.finish, self._logprobs_of(shown))
+        return events + b"id: %d\n" % number + event
 
     def ending(self) -> bytes:
         """Return the last events."""
         return self._writer.usage(self._usage) + DONE if self._has_usage else DONE
 
-    def _chat(self, piece: Piece) -> bytes:
-        events = b""
-        shown = _with_logprobs(piece.tokens)
-        if piece.text or shown:
-            logprobs = encode_json(chat_logprobs(self._text, shown)) if shown else b"null"
-            events = self._writer.chunk(0, b'{"content":' + encode_json(piece.text) + b"}", None, logprobs)
-        return events if piece.finish is None else events + self._writer.chunk(0, b"{}", piece.finish)
+    def _payload(self, text: str, shown: Sequence[Token]) -> bytes:
+        if not self._is_chat:
+            return encode_json(text)
+        return b'{"content":' + encode_json(text) + b"}" if text or shown else b"{}"
 
-    def _completion(self, piece: Piece) -> bytes:
-        shown = _with_logprobs(piece.tokens)
-        if not (piece.text or shown or piece.finish is not None):
-            return b""
-        logprobs = encode_json(self._logprobs.take(shown)) if shown else b"null"
-        return self._writer.chunk(0, encode_json(piece.text), piece.finish, logprobs)
+    def _logprobs_of(self, shown: Sequence[Token]) -> bytes:
+        if not shown:
+            return b"null"
+        return encode_json(chat_logprobs(self._text, shown) if self._is_chat else self._logprobs.take(shown))
 
 
 def whole_answer(

@@ -3,8 +3,8 @@
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import cast
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -39,6 +39,15 @@ CALL_TIMEOUT_S = 30.0
 
 MOST_TIMEOUT_S = 4_000_000.0
 """What the wire carries in milliseconds; the ingestor allows far less."""
+
+_NAMES = {
+    "operation.sequence": "sequence",
+    "append.text": "text",
+    "append.segment_id": "segment",
+    "replace.from_segment_id": "from_segment",
+    "close.query": "query",
+}
+"""What bodies call the fields of messages."""
 
 _MODES = {ingestor_pb2.CONTEXT_MODE_APPEND: "append", ingestor_pb2.CONTEXT_MODE_UPDATE: "update"}
 
@@ -102,45 +111,48 @@ async def delete_context(request: Request, context: HttpContext) -> Response:
 async def close_context(request: Request, context: HttpContext) -> Response:
     """End a context and answer it, whole or as a stream.
 
-    The same close may be sent again when its connection broke, with the number of it and of the pieces that have
-    arrived.
+    The same close may be sent again when its connection broke, with its number and, for a stream, the id of the last
+    event that has arrived: events that have none are part of the next that has one.
     """
     body = decode(CloseBody, await read_body(request, context.settings))
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+    if body.cursor is not None and not body.stream:
+        raise InvalidRequest("cursor needs stream to be true", field="cursor")
     cursor = body.cursor or 0
-    if not 0 <= cursor < 2**32:
-        raise InvalidRequest(f"cursor must be a number of pieces, found {cursor}", field="cursor")
-    operation = ingestor_pb2.ContextOperation()
-    operation.close.query = body.query or ""
-    first = _resume(request, cursor)
+    if cursor < 0:
+        raise InvalidRequest(f"cursor must be the id of an event, found {cursor}", field="cursor", limit="at least 0")
     if not body.stream:
-        return await until_disconnect(request.receive, _whole(first, operation, body, request, context))
+        return await until_disconnect(request.receive, _whole(body, request, context))
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     async def produce(sender: EventSender) -> None:
-        async with _link(first, request, context, None) as link:
-            await _apply(link, operation, body.sequence)
-            stream = ContextStream(link.opened, request, context, has_usage=wants_usage, has_role=not cursor)
-            async for piece in _pieces(link):
-                if events := stream.events(piece):
+        async with _closed(body, request, context) as link:
+            stream = ContextStream(link.opened, request, context, has_usage=wants_usage)
+            # All of it, for places in the text count from its beginning.
+            async for number, piece in _pieces(link):
+                events = stream.events(number, piece)
+                if events and number > cursor:
                     await sender.write(events)
             await sender.write(stream.ending())
 
     return EventStream(produce, error_event)
 
 
-async def _whole(
-    first: ingestor_pb2.StreamContextRequest,
-    operation: ingestor_pb2.ContextOperation,
-    body: CloseBody,
-    request: Request,
-    context: HttpContext,
-) -> Response:
-    async with _link(first, request, context, None) as link:
-        await _apply(link, operation, body.sequence)
-        pieces = [piece async for piece in _pieces(link)]
+async def _whole(body: CloseBody, request: Request, context: HttpContext) -> Response:
+    async with _closed(body, request, context) as link:
+        pieces = [piece async for _, piece in _pieces(link)]
         return whole_answer(pieces, link.opened, request, context)
+
+
+@asynccontextmanager
+async def _closed(body: CloseBody, request: Request, context: HttpContext) -> AsyncIterator[ContextLink]:
+    """Close a context; its answer may take as long as the context's own deadline lets it."""
+    operation = ingestor_pb2.ContextOperation()
+    operation.close.query = body.query or ""
+    async with _link(_resume(request), request, context, None) as link:
+        await _apply(link, operation, body.sequence)
+        yield link
 
 
 async def _operate(
@@ -191,13 +203,14 @@ async def _apply_next(link: ContextLink, operation: ingestor_pb2.ContextOperatio
             return refusal
 
 
-async def _pieces(link: ContextLink) -> AsyncIterator[Piece]:
+async def _pieces(link: ContextLink) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of the answer, numbered from 1."""
     while True:
         message = await link.piece()
         if message is None:
             raise InternalError("the answer ended without a finish reason")
         piece = piece_from_proto(message.piece)
-        yield piece
+        yield message.cursor, piece
         if piece.finish is not None:
             return
 
@@ -206,22 +219,29 @@ async def _pieces(link: ContextLink) -> AsyncIterator[Piece]:
 async def _link(
     first: ingestor_pb2.StreamContextRequest, request: Request, context: HttpContext, timeout_s: float | None
 ) -> AsyncIterator[ContextLink]:
-    """Call the ingestor of a context, for one request."""
+    """Call the ingestor of a context, for one request.
+
+    Raises:
+        HeadraceError: the call failed, or what was done with it; names the field as it is in the body.
+    """
     ingestors = context.ingestors
     if ingestors is None:
         raise NotReady("this router has no ingestor", retry_after_s=1.0)
-    address = ingestors.address_of(first)
     tenant = tenant_of(request.headers.getlist(TENANT_HEADER))
+    address = ingestors.address_of(first)
     link = ContextLink(address, lambda: ingestors.begin(address, tenant, timeout_s), first)
     try:
         await link.open()
         yield link
+    except HeadraceError as error:
+        error.field = _NAMES.get(error.field, error.field) if error.field else None
+        raise
     finally:
         await link.close()
 
 
-def _resume(request: Request, cursor: int = 0) -> ingestor_pb2.StreamContextRequest:
-    resume = ingestor_pb2.ResumeContext(context_id=request.path_params["context_id"], cursor=cursor)
+def _resume(request: Request) -> ingestor_pb2.StreamContextRequest:
+    resume = ingestor_pb2.ResumeContext(context_id=request.path_params["context_id"])
     return ingestor_pb2.StreamContextRequest(resume=resume)
 
 
@@ -271,6 +291,6 @@ def _options(body: ContextBody, request: Request) -> values.GenerateOptions:
     given = {
         name: getattr(body, name) for name in body.__struct_fields__ if name in values.GenerateOptions.__annotations__
     }
-    options: values.GenerateOptions = msgspec.convert(given, values.GenerateOptions)
+    options = cast(values.GenerateOptions, given)
     options["request_id"] = internal_id(request)
     return options

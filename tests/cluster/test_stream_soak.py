@@ -1,0 +1,189 @@
+"""Ten minutes of two hundred contexts that stall as they like: nothing is lost, nothing is stuck, nothing grows.
+
+HEADRACE_SOAK_S sets the seconds, for a try: HEADRACE_SOAK_S=60 make test-slow TESTS=tests/cluster/test_stream_soak.py
+"""
+
+import asyncio
+import os
+import random
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pydoc_data.topics import topics
+
+import psutil
+import pytest
+
+from headrace import AsyncClient
+from headrace.testing.cluster import LocalCluster
+
+SOAK_S = float(os.environ.get("HEADRACE_SOAK_S", "600"))
+NUM_STREAMS = 200
+WARM_UP = 0.4
+"""Share of the time in which pools, caches and allocators may fill."""
+SAMPLE_S = 2.0
+STUCK_S = 240.0
+MOST_CHARS = 1200
+MOST_STALL_S = 20.0
+MOST_RSS_BYTES = 12 << 20
+"""Growth of one process over the measured time: as in test_soak, and as much again for contexts open at a sample."""
+SETTINGS = (
+    "worker.kv_memory_bytes=90000000",
+    "kvstore.memory_bytes=45000000",
+    "ingestor.max_tenant_streams=256",
+    "ingestor.grace_s=2.0",
+    "router.max_contexts=300",
+)
+"""Blocks for some twelve contexts of two hundred."""
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(SOAK_S * 2 + 600)]
+
+TEXT = "\n".join(topics.values())
+TENANTS = ("a", "b", "c", "d")
+GREEDY = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+
+
+@dataclass
+class Load:
+    """Contexts, one after the other on each of many streams, until a time."""
+
+    cluster: LocalCluster
+    rng: random.Random
+    end_s: float
+    done: Counter = field(default_factory=Counter)
+    answers: list[tuple[str, str, tuple[int, ...]]] = field(default_factory=list)
+    """Tenant, prompt and answer of some of them, to be asked again at the end."""
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as streams:
+            for number in range(NUM_STREAMS):
+                streams.create_task(self._keep_streaming(TENANTS[number % len(TENANTS)]))
+
+    async def _keep_streaming(self, tenant: str) -> None:
+        kinds = [self.append, self.append, self.update, self.reconnect, self.abandon, self.vanish]
+        await asyncio.sleep(self.rng.uniform(0.0, MOST_STALL_S))
+        while time.monotonic() < self.end_s:
+            kind = self.rng.choice(kinds)
+            async with AsyncClient(self.cluster.grpc, tenant=tenant, retries=20) as client:
+                async with asyncio.timeout(STUCK_S):
+                    await kind(client, tenant)
+            self.done[kind.__name__] += 1
+
+    async def stall(self) -> None:
+        await asyncio.sleep(self.rng.choice((0.0, 0.0, 0.2, 1.0, self.rng.uniform(0.0, MOST_STALL_S))))
+
+    def text(self) -> str:
+        start = self.rng.randrange(len(TEXT) - MOST_CHARS)
+        return TEXT[start : start + self.rng.randint(1, MOST_CHARS // 4)]
+
+    async def append(self, client: AsyncClient, tenant: str) -> None:
+        """Add pieces, some cut inside a character."""
+        pieces = [self.text() for _ in range(self.rng.randint(1, 4))]
+        raw = "é".join(pieces).encode()
+        async with client.context(**GREEDY) as context:
+            while raw:
+                size = self.rng.randint(1, len(raw))
+                await context.append(raw[:size])
+                raw = raw[size:]
+                await self.stall()
+            await self._close(context, tenant, "é".join(pieces))
+
+    async def update(self, client: AsyncClient, tenant: str) -> None:
+        """Replace segments."""
+        async with client.context(mode="update", **GREEDY) as context:
+            segments: list[tuple[str, str]] = []
+            for number in range(self.rng.randint(1, 4)):
+                kept = segments[: self.rng.randint(0, len(segments))]
+                segments = [*kept, (f"s{number}", self.text())]
+                await context.update(segments)
+                await self.stall()
+            await self._close(context, tenant, "".join(text for _, text in segments))
+
+    async def reconnect(self, client: AsyncClient, tenant: str) -> None:
+        """Lose the connection in the midst."""
+        pieces = [self.text() for _ in range(3)]
+        async with client.context(**GREEDY) as context:
+            for piece in pieces:
+                await context.append(piece)
+                await context._link.close()  # noqa: SLF001 what a broken connection does
+                await self.stall_briefly()
+            await self._close(context, tenant, "".join(pieces))
+
+    async def stall_briefly(self) -> None:
+        await asyncio.sleep(self.rng.uniform(0.0, 0.5))
+
+    async def abandon(self, client: AsyncClient, tenant: str) -> None:
+        """Lose interest, also in the midst of an answer."""
+        async with client.context(max_tokens=200, ignore_eos=True) as context:
+            await context.append(self.text())
+            await self.stall()
+            if self.rng.random() < 0.5:
+                async for _ in context.close():
+                    break
+
+    async def vanish(self, client: AsyncClient, tenant: str) -> None:
+        """Leave without a word."""
+        context = await client.context(**GREEDY).__aenter__()
+        await context.append(self.text())
+        await self.stall_briefly()
+        await client.close()
+        await context._link.close()  # noqa: SLF001
+
+    async def _close(self, context, tenant: str, text: str) -> None:
+        answer = await context.close("?").answer()
+        assert len(answer.token_ids) == GREEDY["max_tokens"]
+        if self.rng.random() < 0.05:
+            self.answers.append((tenant, text + "?", answer.token_ids))
+
+
+def rss_of(cluster: LocalCluster) -> dict[str, int]:
+    return {each.name: psutil.Process(each.pid).memory_info().rss for each in cluster.state().processes}
+
+
+async def watch(load: Load, samples: list[tuple[float, dict[str, int]]]) -> None:
+    """Take the memory of all processes now and then."""
+    begun_s = time.monotonic()
+    while time.monotonic() < load.end_s:
+        samples.append((time.monotonic() - begun_s, rss_of(load.cluster)))
+        await asyncio.sleep(SAMPLE_S)
+
+
+def growth(samples: list[tuple[float, dict[str, int]]], name: str) -> float:
+    """Bytes by which a process grew over the second part of the samples, by their line of least squares."""
+    times, values = [time_s for time_s, _ in samples], [rss[name] for _, rss in samples]
+    return statistics.linear_regression(times, values).slope * (times[-1] - times[0])
+
+
+async def soak(load: Load, samples: list[tuple[float, dict[str, int]]]) -> None:
+    async with asyncio.TaskGroup() as both:
+        both.create_task(load.run())
+        both.create_task(watch(load, samples))
+
+
+async def ask_again(load: Load) -> list[str]:
+    """Return the prompts whose answer is another one when they are asked at once."""
+    wrong = []
+    for tenant, prompt, answered in load.answers:
+        async with AsyncClient(load.cluster.grpc, tenant=tenant) as client:
+            if (await client.generate(prompt, **GREEDY)).token_ids != answered:
+                wrong.append(prompt)
+    return wrong
+
+
+def test_two_hundred_stalling_streams_lose_nothing_and_leave_nothing(start_cluster):
+    cluster = start_cluster("prefill=1,decode=1", "fp32", *SETTINGS)
+    cluster.wait_connected()
+    pids = {process.name: process.pid for process in cluster.state().processes}
+    before, samples = cluster.footprint(), []
+    load = Load(cluster, random.Random(5), time.monotonic() + SOAK_S)
+    asyncio.run(soak(load, samples))
+    cluster.wait_quiet(60.0)
+    cluster.assert_no_leaks(before)
+    assert {process.name: process.pid for process in cluster.state().processes} == pids
+    assert all(load.done[kind] for kind in ("append", "update", "reconnect", "abandon", "vanish")), load.done
+    assert load.answers
+    assert not asyncio.run(ask_again(load))
+    measured = samples[int(len(samples) * WARM_UP) :]
+    grown = {name: growth(measured, name) for name in pids}
+    assert max(grown.values()) < MOST_RSS_BYTES, (grown, load.done)
