@@ -1,27 +1,29 @@
 """A context that is computed while it arrives, against one that is sent when all of it is there.
 
-The clock runs from the arrival of the last piece to the first token; both ways see the same pieces at the same times.
-Two modes: `append` adds pieces until 4,096 tokens are there, over some share of the time that their prefill takes;
-`update` replaces the last part of a context that is there, as a retrieval that refines its hits does.
+Text goes through SDK, router, ingestor and workers. The clock runs from the arrival of the last piece to the first
+token; both ways see the same pieces at the same times. Two modes: `append` adds pieces until 4,096 tokens are there,
+over some share of the time that their prefill takes; `update` replaces the last part of a context that is there, as a
+retrieval that refines its hits does.
 """
 
 import argparse
 import asyncio
 import itertools
+import secrets
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import grpc.aio
+from contexts import Append, Close, Event, Open, Replace, Segment, Update
+from corpus import Corpus, english
 from harness import compare, report
-from measure import fresh_tokens, seconds_to_token
+from replay import Replay, Way, replay
 
+from headrace import AsyncClient
+from headrace.client.values import GenerateOptions
 from headrace.testing.cluster import LocalCluster
-from headrace.testing.token_context import TokenContext
 
 NUM_TOKENS = 4096
 NUM_PIECES = 16
@@ -29,57 +31,84 @@ SHARES = (0.0, 0.5, 1.0, 2.0)
 """Times over which a context arrives, in times of its prefill."""
 STABLE = (0.0, 0.5, 0.7, 0.9)
 """Shares of the context that an update leaves as they are."""
+QUERY = "\n\nWhat is this about?"
+OPTIONS: GenerateOptions = {"max_tokens": 1, "temperature": 0.0}
+
+Shape = Callable[[str], tuple[Event, ...]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """What arrives at one time.
+def appended(text: str, seconds: float) -> tuple[Event, ...]:
+    """Return a text in pieces of equal size at equal distances; the first is there at once."""
+    pause_s = seconds / (NUM_PIECES - 1)
+    pieces = [
+        Append(at_s=number * pause_s, context="c", text=piece, segment=f"{number}")
+        for number, piece in enumerate(_cut(text))
+    ]
+    close = Close(at_s=pieces[-1].at_s, context="c", query=QUERY)
+    return (Open(at_s=0.0, context="c", mode="append", options=OPTIONS), *pieces, close)
 
-    Attributes:
-        at_s: When, from the begin.
-        keep: Tokens of the context so far that stay.
-        tokens: Those that follow them.
+
+def updated(text: str, stable: float, seconds: float) -> tuple[Event, ...]:
+    """Return a text and, when it may be computed, another end of it."""
+    segments = tuple(Segment(segment=f"{number}", text=piece) for number, piece in enumerate(_cut(text)))
+    keep = int(len(text) * stable)
+    num_kept = keep * NUM_PIECES // len(text)
+    start = len("".join(str(segment.text) for segment in segments[:num_kept]))
+    # The same words in another order: as many tokens, in other places.
+    other = text[start:keep] + " ".join(reversed(text[keep:].split(" ")))
+    replaced = (Segment(segment="new", text=other),)
+    change = (
+        Replace(at_s=seconds, context="c", from_segment=f"{num_kept}", segments=replaced)
+        if num_kept
+        else Update(at_s=seconds, context="c", segments=replaced)
+    )
+    return (
+        Open(at_s=0.0, context="c", mode="update", options=OPTIONS),
+        Update(at_s=0.0, context="c", segments=segments),
+        change,
+        Close(at_s=seconds, context="c", query=QUERY),
+    )
+
+
+def _cut(text: str) -> list[str]:
+    size = -(-len(text) // NUM_PIECES)
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+class Texts:
+    """Real texts of some number of tokens.
+
+    Args:
+        address: Of a router, which counts tokens.
+        corpus: Where they are from.
     """
 
-    at_s: float
-    keep: int
-    tokens: list[int]
+    def __init__(self, address: str, corpus: Corpus) -> None:
+        self._address = address
+        self._corpus = corpus
+
+    def take(self, seed: int, num_tokens: int) -> str:
+        """Return the text of a seed, cut to as many tokens, give or take a few at its end."""
+        text = self._corpus.excerpt(37 * seed % len(self._corpus.paragraphs), 8 * num_tokens)
+        return asyncio.run(self._cut(text, num_tokens))
+
+    async def _cut(self, text: str, num_tokens: int) -> str:
+        async with AsyncClient(self._address) as client:
+            return await client.detokenize((await client.tokenize(text))[:num_tokens])
 
 
-def appended(seed: int, seconds: float) -> list[Piece]:
-    """Return pieces of equal size at equal distances; the first is there at once."""
-    tokens, size = fresh_tokens(seed, NUM_TOKENS), NUM_TOKENS // NUM_PIECES
-    pause_s = seconds / (NUM_PIECES - 1)
-    return [
-        Piece(at_s=number * pause_s, keep=number * size, tokens=tokens[number * size : (number + 1) * size])
-        for number in range(NUM_PIECES)
-    ]
+async def play(address: str, events: Sequence[Event], way: Way) -> Replay:
+    """Play a trace under a salt of its own: nothing may be in a cache from an earlier run.
 
-
-def updated(seed: int, stable: float, seconds: float) -> list[Piece]:
-    """Return a context and, when it may be computed, another end of it."""
-    keep = int(NUM_TOKENS * stable)
-    rest = fresh_tokens(50_000 + seed, NUM_TOKENS - keep)
-    return [
-        Piece(at_s=0.0, keep=0, tokens=fresh_tokens(seed, NUM_TOKENS)),
-        Piece(at_s=seconds, keep=keep, tokens=rest),
-    ]
-
-
-async def _streamed_s(address: str, pieces: Sequence[Piece]) -> float:
-    """Return the seconds from the last piece to the first token, all pieces sent as they come."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        context = TokenContext(channel, max_tokens=1)
-        begun_s = time.perf_counter()
-        for piece in pieces:
-            await asyncio.sleep(max(0.0, piece.at_s - (time.perf_counter() - begun_s)))
-            sent_s = time.perf_counter()
-            context.revise(piece.tokens, piece.keep, is_closed=piece is pieces[-1])
-        await context.until_answered()
-        return context.arrived_s[0] - sent_s
-
-
-Shape = Callable[[int], Sequence[Piece]]
+    Raises:
+        RuntimeError: a context failed.
+    """
+    async with AsyncClient(address) as client:
+        await client.models()  # The connection is part of no figure.
+        found = await replay(client, events, way, cache_salt=secrets.token_hex(8))
+    if found.failures:
+        raise RuntimeError(f"contexts failed: {found.failures}")
+    return found
 
 
 class Ways:
@@ -87,63 +116,59 @@ class Ways:
 
     Args:
         cluster: Serves.
-        shape: Makes the pieces of a context from a number.
-        numbers: Never the same twice: nothing may be in a cache from an earlier run.
+        shape: Makes the events of a context from its text.
+        texts: Makes that.
+        numbers: Number the texts.
     """
 
-    def __init__(self, cluster: LocalCluster, shape: Shape, numbers: Iterator[int]) -> None:
+    def __init__(self, cluster: LocalCluster, shape: Shape, texts: Texts, numbers: Iterator[int]) -> None:
         self._cluster = cluster
         self._shape = shape
+        self._texts = texts
         self._numbers = numbers
-        self.streamed: list[float] = []
-        self.waited: list[float] = []
+        self.seconds: dict[Way, list[float]] = {way: [] for way in Way}
 
-    def stream(self, _: int) -> float:
-        """Return how long a context takes whose pieces are sent as they come."""
+    def take(self, _: int, way: Way) -> float:
+        """Return the seconds from the last piece to the first token."""
+        events = self._shape(self._texts.take(next(self._numbers), NUM_TOKENS))
         self._cluster.wait_quiet()
-        self.streamed.append(asyncio.run(_streamed_s(self._cluster.grpc, self._shape(next(self._numbers)))))
-        return self.streamed[-1]
-
-    def wait(self, _: int) -> float:
-        """Return how long such a context takes when it is sent as a whole: nothing is known of it before."""
-        self._cluster.wait_quiet()
-        tokens: list[int] = []
-        for piece in self._shape(next(self._numbers)):
-            tokens[piece.keep :] = piece.tokens
-        self.waited.append(seconds_to_token(self._cluster.grpc, tokens, 0))
-        return self.waited[-1]
+        found = asyncio.run(play(self._cluster.grpc, events, way))
+        self.seconds[way].append(found.first_token_s(50))
+        return self.seconds[way][-1]
 
     def percentiles(self) -> dict[str, float]:
         """Return how many times later the first token comes to who waits."""
-        return {
-            f"waited / streamed, p{percent}": _at(self.waited, percent) / _at(self.streamed, percent)
-            for percent in (50, 95)
-        }
+        waited, streamed = self.seconds[Way.WAITED], self.seconds[Way.STREAMED]
+        return {f"waited / streamed, p{percent}": _at(waited, percent) / _at(streamed, percent) for percent in (50, 95)}
 
 
-def bench(workers: str, dtype: str, pairs: int, seed: int, results: Path | None) -> None:
+def bench(workers: str, shares: Sequence[float], stables: Sequence[float], asked: argparse.Namespace) -> None:
     """Print the ratios."""
-    numbers = itertools.count(1_000_000 * (seed + 1))
-    with tempfile.TemporaryDirectory() as folder, LocalCluster(Path(folder), workers=workers, dtype=dtype) as cluster:
-        times = [seconds_to_token(cluster.grpc, fresh_tokens(next(numbers), NUM_TOKENS), 0) for _ in range(3)]
-        whole_s = statistics.median(times)
+    numbers = itertools.count(1000 * (asked.seed + 1))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LocalCluster(Path(folder), workers=workers, dtype=asked.dtype) as cluster,
+    ):
+        texts = Texts(cluster.grpc, english())
+        first = Ways(cluster, partial(appended, seconds=0.0), texts, numbers)
+        whole_s = statistics.median([first.take(0, Way.WAITED) for _ in range(4)][1:])
         print(f"{workers}: {NUM_TOKENS} tokens at once take {whole_s:.3f} s to the first token")
         shapes: dict[str, Shape] = {}
-        for share in SHARES:
+        for share in shares:
             shapes[f"append over {share:g} of its prefill"] = partial(appended, seconds=share * whole_s)
-        for stable in STABLE:
+        for stable in stables:
             shapes[f"update that leaves {stable:.0%}"] = partial(updated, stable=stable, seconds=1.2 * whole_s)
         for name, shape in shapes.items():
-            ways = Ways(cluster, shape, numbers)
+            ways = Ways(cluster, shape, texts, numbers)
             ratio = compare(
                 f"first token after the last piece, {name}, {workers}",
-                baseline=("waited", ways.wait),
-                candidate=("streamed", ways.stream),
-                pairs=pairs,
-                seed=seed,
+                baseline=("waited", partial(ways.take, way=Way.WAITED)),
+                candidate=("streamed", partial(ways.take, way=Way.STREAMED)),
+                pairs=asked.pairs,
+                seed=asked.seed,
                 work=ways.percentiles,
             )
-            report(ratio, results)
+            report(ratio, asked.results)
 
 
 def _at(values: Sequence[float], percent: int) -> float:
@@ -156,7 +181,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workers", nargs="*", default=["prefill=1,decode=1", "hybrid=1"])
+    parser.add_argument("--append", nargs="*", type=float, default=SHARES, help="shares of the prefill's time")
+    parser.add_argument("--update", nargs="*", type=float, default=STABLE, help="shares that stay")
     parser.add_argument("--results", type=Path)
-    asked = parser.parse_args()
-    for each in asked.workers:
-        bench(each, asked.dtype, asked.pairs, asked.seed, asked.results)
+    options = parser.parse_args()
+    for each in options.workers:
+        bench(each, options.append, options.update, options)

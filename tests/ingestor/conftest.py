@@ -96,7 +96,7 @@ async def caller(serve):
         ingestor = await serve(**settings)
         channel = grpc.aio.insecure_channel(ingestor.address, options=CLIENT_OPTIONS)
         await serve.stack.enter_async_context(channel)
-        return ingestor, lambda tenant=None: ContextCaller(channel, tenant)
+        return ingestor, lambda tenant=None, timeout_s=None: ContextCaller(channel, tenant, timeout_s)
 
     return start
 

@@ -253,12 +253,16 @@ async def test_a_context_takes_the_time_that_it_names_or_that_its_call_has(calle
         await left_ms(timeout_ms=200_001)
 
 
-async def test_a_context_that_names_no_time_ends_with_its_call(served):
-    ingestor, client = await served(max_timeout_s=10_000.0)
-    async with client.context():
-        [session] = ingestor.sessions.live()
-        left_s = session.opening.deadline_unix_ms / 1000 - ingestor.parts.clock.unix_ms() / 1000
-    assert 15.0 < left_s <= 20.1
+@pytest.mark.parametrize(("is_unattended", "wanted_s"), [(False, 20.0), (True, 600.0)])
+async def test_a_context_that_names_no_time_ends_with_its_call_unless_calls_come_and_go(
+    caller, is_unattended, wanted_s
+):
+    ingestor, call = await caller()
+    first = await call(timeout_s=20.0).open(is_unattended=is_unattended)
+    [session] = ingestor.sessions.live()
+    left_s = (session.opening.deadline_unix_ms - ingestor.parts.clock.unix_ms()) / 1000
+    assert wanted_s - 10.0 < left_s <= wanted_s + 0.1
+    await first.abandon(1)
 
 
 async def test_the_text_of_a_context_that_was_given_up_is_not_kept(timed):

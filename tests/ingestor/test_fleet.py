@@ -41,7 +41,7 @@ class Cluster:
                 [f"127.0.0.1:{self._port}"],
                 cuts=cuts,
                 coalesce_s=0.002,
-                max_reopens=50,
+                reopen_s=60.0,
                 # An opening whose response is lost leaves a context that nobody knows, so long.
                 grace_s=3.0,
             )

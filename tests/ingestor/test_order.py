@@ -13,7 +13,7 @@ CHECKPOINT = ingestor_pb2.CheckpointContext()
 async def test_a_repeated_operation_has_no_effect(caller, frontend, prompt_of):
     _, call = await caller()
     first = await call().open()
-    for sequence, text in [(1, "one "), (2, "two "), (1, "one "), (2, "other "), (3, "three")]:
+    for sequence, text in [(1, "one "), (2, "two "), (1, "one "), (2, "two "), (3, "three")]:
         await first.put(sequence, append=appended(text))
     await first.until(lambda: first.state.answered_sequence == 3)
     await first.close(4)
@@ -29,13 +29,26 @@ async def test_a_repeated_operation_is_refused_again_for_the_same_reason(caller)
     await first.append(2, "x" * 500)
     await first.append(3, "good")
     again = await call().resume(first.opened.context_id)
-    for sequence in (1, 2, 3):
-        await again.append(sequence, "something else")
+    for sequence, text in ((1, b"\xff"), (2, "x" * 500), (3, "good")):
+        await again.append(sequence, text)
     expected = [(sequence, type(error), error.message) for sequence, error in first.refusals]
     assert [(sequence, type(error), error.message) for sequence, error in again.refusals] == expected
     assert [kind for _, kind, _ in expected] == [InvalidRequest, ContextOverflow]
     assert again.state.prompt_tokens == len("good")
     await again.abandon(4)
+
+
+async def test_another_operation_of_a_number_that_was_carried_out_is_refused(caller, frontend, prompt_of):
+    _, call = await caller()
+    first = await call().open()
+    await first.append(1, "one ")
+    await first.append(1, "other ")
+    await first.put(1, close=ingestor_pb2.CloseContext())
+    await first.until(lambda: len(first.refusals) == 2)
+    assert {error.field for _, error in first.refusals} == {"operation.sequence"}
+    await first.close(2)
+    await first.finish()
+    assert prompt_of(frontend.requests[0]) == "one "
 
 
 async def test_refusals_are_remembered_within_bounds(caller, monkeypatch):

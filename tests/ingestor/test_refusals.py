@@ -261,6 +261,16 @@ async def test_text_for_which_there_is_no_room_is_taken_once_another_context_has
     await second.abandon(3)
 
 
+@pytest.mark.parametrize("operation", [{"append": "x" * 395}, {"close": "x" * 395}], ids=["append", "close"])
+async def test_text_that_was_refused_is_not_kept(opened, operation):
+    ingestor, _, call = await opened()
+    [session] = ingestor.sessions.live()
+    await (call.append if "append" in operation else call.close)(2, *operation.values())
+    assert isinstance(refusal(call), ContextOverflow)
+    assert session._growing.text == "some text. "
+    await call.abandon(3)
+
+
 async def test_a_closed_context_takes_no_room_for_text(opened, frontend):
     ingestor, _, call = await opened()
     frontend.script = _held(frontend)

@@ -113,7 +113,7 @@ async def test_the_next_router_is_taken_when_one_is_lost(opened, routers, text):
 
 
 async def test_a_context_that_is_closed_while_no_router_is_there_is_answered_when_one_is(opened, make_frontend):
-    _, router, call = await opened(max_reopens=1000)
+    _, router, call = await opened(reopen_s=1000.0)
     await router.die()
     await call.close(2, "three")
     await asyncio.sleep(0.1)
@@ -279,13 +279,13 @@ def _piece(cursor, token_id, text, *, is_last=False):
     return Piece(choice=0, text=text, tokens=(Token(cursor=cursor, token_id=token_id),), finish=finish)
 
 
-async def test_an_answer_is_asked_for_again_only_so_often(opened):
-    ingestor, router, call = await opened(max_reopens=3)
+async def test_an_answer_is_asked_for_again_only_for_so_long(opened):
+    ingestor, router, call = await opened(reopen_s=0.3)
     router.frontend.script = lambda request: [Saturated("full")]
     await call.put(2, close=ingestor_pb2.CloseContext())
     with pytest.raises(Saturated):
         await call.finish()
-    assert len(router.frontend.requests) == 4
+    assert len(router.frontend.requests) > 1
     assert ingestor.left() == ""
 
 

@@ -175,6 +175,24 @@ async def test_a_real_model_with_a_template_that_changes_its_head_gets_the_token
     assert len(contexts) > 25
 
 
+async def test_a_template_that_drops_what_was_said_to_stay_is_followed(ingested, cuts, tmp_path):
+    template = f"{{% if 'SHOUT' not in {CONTENT} %}}A long beginning. {{% endif %}}{{{{ {CONTENT} }}}}"
+    model = TextModel(_source_of(tmp_path, template), WallClock())
+    script = Script(0, "update")
+    script.segments, script.query = [("c", "quiet ")], "?"
+
+    async def run(context):
+        for name, word in (("a", "one "), ("b", "SHOUT "), ("c", "quiet ")):
+            await context.update([(name, word)])
+            await context.checkpoint()
+        return await context.close("?").answer()
+
+    script.run = run
+    contexts = await ingested(model, cuts, [script], chat=[])
+    shown = [model.decode(each.versions[-1], skip_special=False) for each in contexts]
+    assert shown[:2] == ["A long beginning. one", "SHOUT"]
+
+
 async def test_what_a_template_shows_of_a_context_that_goes_on_is_sent_before_it_is_closed(ingested, tmp_path, cuts):
     for name in sorted(STEADY):
         model = TextModel(_source_of(tmp_path / name, TEMPLATES[name]), WallClock())

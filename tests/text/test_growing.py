@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from headrace.text.cuts import SafeCuts, cuts_of
-from headrace.text.growing import GrowingTokens
+from headrace.text.growing import SLICE_CHARS, SLICE_SLACK_TOKENS, GrowingTokens
 from headrace.text.pretokenize import PRE_TOKENIZERS
 
 WORDS = (
@@ -113,6 +113,30 @@ def test_a_long_text_without_any_cut_is_looked_at_once(model):
         growing.append("x" * 1000)
     assert growing.stable == []
     assert counting.num_looked_at < 1.1 * 200_000
+
+
+def test_a_long_text_that_only_grows_is_looked_at_once_also_as_a_whole(model):
+    counting, text = Counting(), ""
+    growing = GrowingTokens(model[0], counting)
+    for _ in range(50):
+        text += "a" * 100
+        growing.replace(text)
+    assert counting.num_looked_at < 2 * len(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30_000), st.integers(0, 9_000), st.sampled_from("abc7")), max_size=5),
+    st.integers(-40, 40),
+)
+def test_a_text_is_counted_to_a_few_tokens_per_slice_and_exactly_at_the_limit(model, script, distance):
+    tokens, growing = model[0], GrowingTokens(*model)
+    for num_kept, length, letter in script:
+        growing.replace(growing.text[:num_kept] + letter * length)
+        exact = len(tokens.encode(growing.text))
+        slack = SLICE_SLACK_TOKENS * (len(growing.text) // SLICE_CHARS)
+        assert abs(growing.num_tokens(10**9) - exact) <= slack
+        assert (growing.num_tokens(exact + distance) > exact + distance) == (exact > exact + distance)
 
 
 def test_a_new_text_keeps_what_both_begin_with(model):

@@ -101,8 +101,8 @@ async def _run(client: "AsyncClient", pieces: Sequence[str], num_tokens: int, se
         ) as context,
         _bars(context, num_tokens) as arrived,
     ):
-        await _feed(context, pieces, seconds, arrived, waits=waits)
-        last_s, num_computed = time.perf_counter(), context.state.num_computed
+        last_s = await _feed(context, pieces, seconds, arrived, waits=waits)
+        num_computed = context.state.num_computed
         if waits:
             await context.append("".join(pieces))
         answer = context.close(QUESTION)
@@ -116,15 +116,17 @@ async def _run(client: "AsyncClient", pieces: Sequence[str], num_tokens: int, se
 
 async def _feed(
     context: "AsyncContext", pieces: Sequence[str], seconds: float, arrived: Callable[[float], None], *, waits: bool
-) -> None:
-    """Let pieces arrive at equal distances, the last one at the end of the time."""
-    begun_s = time.perf_counter()
+) -> float:
+    """Let pieces arrive at equal distances, the last one at the end of the time; return when that was."""
+    begun_s = last_s = time.perf_counter()
     for number, piece in enumerate(pieces):
         due_s = begun_s + seconds * number / max(1, len(pieces) - 1)
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        last_s = time.perf_counter()
         arrived((number + 1) / len(pieces))
         if not waits:
             await context.append(piece)
+    return last_s
 
 
 @asynccontextmanager

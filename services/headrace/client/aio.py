@@ -105,8 +105,8 @@ class AsyncClient:
                 self._address, lambda: self._contexts.StreamContext(timeout=timeout_s, metadata=self._metadata), first
             )
 
-        def attempts() -> Attempts:
-            return Attempts(self._policy, options.get("timeout_s"))
+        def attempts(patience_s: float | None) -> Attempts:
+            return Attempts(self._policy, options.get("timeout_s"), patience_s)
 
         return AsyncContext(connect, opening, attempts, self._pause)
 

@@ -43,18 +43,20 @@ class Attempts:
     Args:
         policy: How patient to be.
         timeout_s: Longest time for this call; None takes the policy's.
+        patience_s: If given, attempts are made for so long, however many they are, unless the policy allows none.
 
     Raises:
         InvalidRequest: `timeout_s` is not above 0.
     """
 
-    def __init__(self, policy: CallPolicy, timeout_s: float | None) -> None:
+    def __init__(self, policy: CallPolicy, timeout_s: float | None, patience_s: float | None = None) -> None:
         timeout_s = policy.timeout_s if timeout_s is None else timeout_s
         if not timeout_s > 0:
             raise InvalidRequest(f"timeout_s is {timeout_s}: it must be above 0", field="timeout_s", limit="0")
         self._policy = policy
         self.begun_s = policy.clock.now()
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._num_pauses = 0
 
     def now_s(self) -> float:
@@ -78,7 +80,7 @@ class Attempts:
         It is raised when its class says that a retry does not help, when attempts are used up, or
         when the wait would outlast the deadline.
         """
-        if not _can_retry(error) or self._num_pauses >= self._policy.retries:
+        if not _can_retry(error) or self._is_used_up():
             raise error
         backoff_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0**self._num_pauses)
         self._num_pauses += 1
@@ -86,6 +88,11 @@ class Attempts:
         if pause_s >= self.begun_s + self._timeout_s - self._policy.clock.now():
             raise error
         return pause_s
+
+    def _is_used_up(self) -> bool:
+        if self._patience_s is None or not self._policy.retries:
+            return self._num_pauses >= self._policy.retries
+        return self._policy.clock.now() >= self.begun_s + self._patience_s
 
 
 def _can_retry(error: HeadraceError) -> bool:

@@ -21,6 +21,9 @@ LEAVE_S = 2.0
 LINGER_S = 0.2
 """Longest wait for a call to end by itself, which it does soon after the answer's end or the abandoning."""
 
+RECONNECT_S = 25.0
+"""How long a context is taken up again after its connection broke: less than an ingestor keeps it."""
+
 Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
 Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
 """Returns a call that begins with a request and may take so many seconds."""
@@ -31,13 +34,14 @@ class AsyncContext:
 
     Text is exactly what is sent: prefix, context and query are joined without anything between them. Every method
     returns, or raises, when the cluster has carried the change out or refused it; one that is refused changes nothing,
-    and the context goes on. A connection that breaks is made anew. A change whose method is cancelled may be carried
-    out, and is when another one follows. Leaving the block before the answer is complete abandons the context.
+    and the context goes on. A connection that breaks is made anew, for up to 25 s unless the client makes no
+    retries. A change whose method is cancelled may be carried out, and is when another one follows. Leaving the block
+    before the answer is complete abandons the context.
 
     Args:
         connect: Makes a call.
         opening: What to open it with.
-        attempts: Returns the attempts of one call, and how long all may take.
+        attempts: Returns the attempts of one call, for so many seconds if given, and how long all may take.
         pause: Waits between two attempts.
     """
 
@@ -45,14 +49,14 @@ class AsyncContext:
         self,
         connect: Connect,
         opening: ingestor_pb2.OpenContext,
-        attempts: Callable[[], Attempts],
+        attempts: Callable[[float | None], Attempts],
         pause: Callable[[float], Awaitable[None]],
     ) -> None:
         self._connect = connect
         self._first = ingestor_pb2.StreamContextRequest(open=opening)
         self._new_attempts = attempts
         self._pause = pause
-        self._whole = attempts()
+        self._whole = attempts(None)
         self._link: ContextLink | None = None
         self._sequence = 0
         self._unanswered: ingestor_pb2.ContextOperation | None = None
@@ -171,7 +175,7 @@ class AsyncContext:
                 await changed.wait()
 
     async def __aenter__(self) -> "AsyncContext":
-        attempts = self._new_attempts()
+        attempts = self._new_attempts(None)
         while True:
             try:
                 await self._connect_anew()
@@ -217,7 +221,7 @@ class AsyncContext:
             error: Why.
         """
         async with self._mending:
-            attempts = self._new_attempts()
+            attempts = self._new_attempts(RECONNECT_S)
             while self._link is link:
                 await self._pause(attempts.pause_s(error))
                 self._first.resume.cursor = self._cursor

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import sys
+from contextlib import suppress
 
 from headrace.clock import WallClock
 from headrace.errors import Draining
@@ -25,7 +26,8 @@ from headrace.v1 import cluster_pb2_grpc, ingestor_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-NEW_WORK = ("/headrace.v1.IngestorService/StreamContext",)
+LAST_WORDS_S = 1.0
+"""Time for calls to tell their clients why their contexts have ended."""
 
 
 def run(args: ServeArgs) -> int:
@@ -60,17 +62,21 @@ async def serve(config: IngestorConfig, lifecycle: Lifecycle) -> None:
         )
         sessions = Sessions(parts)
         member = IngestorMember(secrets.token_hex(8), sessions, parts, lifecycle)
-        server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
+        server = GrpcServer(config.name, config.host, config.grpc_port)
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         server.add(ingestor_pb2_grpc.add_IngestorServiceServicer_to_server, IngestorServicer(sessions, parts))
         await server.start()
         background = [tasks.create_task(sessions.keep_sweeping()), tasks.create_task(member.keep_ready(server))]
         await lifecycle.stopped()
         sessions.is_draining = True
-        await server.drain(lifecycle.grace_s(config.drain_s))
+        await server.drain(0.0)
+        # Calls for contexts that are there come and go until these have ended.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(lifecycle.grace_s(config.drain_s)):
+                await sessions.idle()
         sessions.end_all(lambda: Draining("this ingestor has left"))
         await sessions.idle()
-        await server.stop()
+        await server.stop(LAST_WORDS_S)
         for task in background:
             task.cancel()
 

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 LINGER_S = 0.5
 """Longest wait for the first words of a call for a context that had ended before."""
 
+MOST_UNREAD = 64
+"""Refusals that a client may leave unread, before no further operation of it is taken."""
+
 Requests: TypeAlias = AsyncIterator[ingestor_pb2.StreamContextRequest]
 
 
@@ -51,6 +54,7 @@ class ContextCall:
         self._is_busy = self._has_heard = False
         self._has_abandoned = False
         self._linger = True
+        self._has_room = asyncio.Event()
 
     async def responses(self, requests: Requests) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Yield what happens, until the answer is complete or the client has no more to say of an open context.
@@ -68,9 +72,9 @@ class ContextCall:
                 changed = session.changed
                 while self._refused:
                     yield ingestor_pb2.StreamContextResponse(refused=self._refused.popleft())
+                self._has_room.set()
                 state = self._state()
-                # Not in the midst of an operation of this call, which may be refused yet.
-                if state != shown and not self._is_busy:
+                if state != shown:
                     yield ingestor_pb2.StreamContextResponse(state=state)
                     shown = state
                 while self._cursor < len(session.pieces):
@@ -139,6 +143,9 @@ class ContextCall:
 
     async def _carry_out(self, message: ingestor_pb2.ContextOperation) -> None:
         operation = operation_from_proto(message, self._session.max_segments)
+        if len(self._refused) >= MOST_UNREAD:
+            self._has_room.clear()
+            await self._has_room.wait()
         self._is_busy = True
         try:
             refusal = await self._session.apply(message.sequence, operation, refuse_repeated=message.refuse_repeated)

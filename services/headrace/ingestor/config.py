@@ -33,7 +33,7 @@ class IngestorConfig:
         idle_s: How long an open context may go without any operation.
         coalesce_s: How long a change waits for others to travel with it; a close never waits.
         drain_s: How long contexts may go on when the process is asked to leave.
-        max_reopens: How often an answer is asked for again after its router was lost.
+        reopen_s: How long an answer is asked for again after its router was lost.
         exit_with_parent: End when the process that started this one ends.
 
     Raises:
@@ -57,7 +57,7 @@ class IngestorConfig:
     idle_s: _Seconds = 60.0
     coalesce_s: Annotated[float, Between(0.0, 1.0)] = 0.01
     drain_s: _Seconds = 10.0
-    max_reopens: int = 3
+    reopen_s: _Seconds = 30.0
     exit_with_parent: bool = False
 
     def __post_init__(self) -> None:

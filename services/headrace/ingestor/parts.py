@@ -58,7 +58,7 @@ class TextRoom:
             Saturated: all together would be too large; the text counts as before.
         """
         total = self.num_chars + num_chars - self._sizes.get(name, 0)
-        if total > self._max_chars and num_chars > self._sizes.get(name, 0):
+        if total > self._max_chars:
             raise Saturated(
                 "the contexts that are open have as much text as may be kept",
                 limit=f"{self._max_chars} characters",

@@ -52,18 +52,17 @@ class RouterRun:
         self._is_rewritten = False
         self._answer = RepeatedAnswer()
         self._pause_s = PAUSE_S
+        self._lost_s: float | None = None
 
     async def run(self) -> None:
         """Go on until the context has ended; failures end it."""
-        num_reopens = 0
         try:
             while not self._session.has_ended:
                 await self._until_known()
                 try:
                     await self._attempt()
                 except HeadraceError as error:
-                    num_reopens += self._session.is_closed
-                    if not is_movable(error) or num_reopens > self._parts.config.max_reopens:
+                    if not is_movable(error) or self._is_given_up():
                         raise
                     logger.info("context is sent again", extra={"error": error.code})
                     self._session.note_lost()
@@ -74,6 +73,15 @@ class RouterRun:
         except Exception:  # noqa: BLE001 a bug in one context must not end the ingestor's task group
             logger.exception("context failed")
             self._session.end(InternalError("the ingestor failed on this context; its log has the cause"))
+
+    def _is_given_up(self) -> bool:
+        """Return whether the answer was asked for in vain for long enough; an open context has time."""
+        now_s = self._parts.clock.now()
+        if not self._session.is_closed:
+            return False
+        if self._lost_s is None:
+            self._lost_s = now_s
+        return now_s >= self._lost_s + self._parts.config.reopen_s
 
     async def _until_known(self) -> None:
         """Wait for the first tokens: which workers suit a context is asked once, with all that is known then."""
@@ -195,6 +203,7 @@ class RouterRun:
     def _take(self, response: router_pb2.GenerateContextResponse) -> None:
         self._pause_s = PAUSE_S
         if response.HasField("piece"):
+            self._lost_s = None
             piece = self._answer.fresh(piece_from_proto(response.piece))
             if piece.text or piece.tokens or piece.finish is not None:
                 self._session.add(piece)

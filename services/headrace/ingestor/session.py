@@ -23,7 +23,7 @@ from headrace.core.request import Piece
 from headrace.core.validate import RequestLimits, check_prompt_length, check_room
 from headrace.errors import Cancelled, HeadraceError, InternalError, InvalidRequest
 from headrace.ingestor.parts import IngestParts
-from headrace.ingestor.prompt import PromptText
+from headrace.ingestor.prompt import PlainPrompt, PromptText
 from headrace.ingestor.segments import SegmentedText
 from headrace.runtime.off_loop import off_loop
 from headrace.text.growing import GrowingTokens
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 REPEATED = "operation.sequence"
 """Field at fault of an operation that was refused because of its number."""
+
+NUM_DIGESTS = 256
+"""Operations of which it is known whether one that is sent again is the same."""
 
 NUM_REFUSALS = 256
 """Most refusals that are kept to be told again; older operations are answered as if they had been carried out."""
@@ -58,6 +61,7 @@ class Opening:
         is_unattended: Whether calls come and go.
         is_chat: Whether a chat is answered.
         prompt: Puts it into its prompt.
+        num_chars_around: Characters of what stands before it.
     """
 
     context_id: ContextId
@@ -69,6 +73,7 @@ class Opening:
     is_unattended: bool
     is_chat: bool
     prompt: PromptText
+    num_chars_around: int = 0
 
 
 class Session:
@@ -115,6 +120,7 @@ class Session:
         self._segments = SegmentedText()
         self._applied = 0
         self._refusals: dict[int, HeadraceError] = {}
+        self._digests: dict[int, int] = {}
         self._num_tokens = self._num_fixed = 0
         self._num_computed = 0
         self._checkpoints: list[tuple[int, int]] = []
@@ -202,10 +208,10 @@ class Session:
                     return InvalidRequest(
                         f"operation {sequence} was carried out before", field=REPEATED, limit=f"{self._applied + 1}"
                     )
-                return self._refusals.get(sequence)
+                return self._again(sequence, operation)
             outcome = await self._carry_out(sequence, operation)
             self._applied = sequence
-            self._remember(sequence, outcome)
+            self._remember(sequence, operation, outcome)
             self.active_s = self._parts.clock.now()
             self._parts.counts.operations += 1
             self._parts.counts.refused += outcome is not None
@@ -213,8 +219,16 @@ class Session:
             self.notify()
             return outcome
 
-    def _remember(self, sequence: int, outcome: HeadraceError | None) -> None:
-        """Keep what an operation was refused with: a client that has not heard of it asks again."""
+    def _again(self, sequence: int, operation: Operation) -> HeadraceError | None:
+        """Return what became of an operation that is sent again."""
+        if self._digests.get(sequence, hash(operation)) != hash(operation):
+            return InvalidRequest(f"operation {sequence} was another one", field=REPEATED, limit=f"{self._applied + 1}")
+        return self._refusals.get(sequence)
+
+    def _remember(self, sequence: int, operation: Operation, outcome: HeadraceError | None) -> None:
+        """Keep what an operation was, and what it was refused with: a client that has not heard of it asks again."""
+        self._digests[sequence] = hash(operation)
+        self._digests.pop(sequence - NUM_DIGESTS, None)
         if outcome is not None:
             # A copy: an error that was raised keeps the texts of whoever raised it.
             self._refusals[sequence] = dataclasses.replace(outcome)
@@ -280,14 +294,14 @@ class Session:
             limit = str(self._parts.config.max_segments)
             raise InvalidRequest(f"a context has at most {limit} segments", field="segments", limit=limit)
         text = await self._fitting(lambda: self.opening.prompt.begun(segments.text), segments.text)
-        growing, before = self._growing, self._growing.text
-        num_tokens = await off_loop(_num_new(before, text), lambda: _grow(growing, text))
+        growing, before, most = self._growing, self._growing.text, self._most_tokens
+        num_tokens = await off_loop(growing.num_unsettled(text), lambda: _grow(growing, text, most))
         try:
             self._refuse_late()
             self._check_room(num_tokens)
             self._parts.room.resize(self.opening.context_id, len(text))
         except HeadraceError:
-            await off_loop(_num_new(text, before), lambda: growing.replace(before))
+            await off_loop(growing.num_unsettled(before), lambda: growing.replace(before))
             raise
         self._segments, self._num_tokens = segments, num_tokens
         self._know(list(growing.stable))
@@ -296,14 +310,14 @@ class Session:
         context = self._segments.whole()
         text = await self._fitting(lambda: self.opening.prompt.whole(context, query), context)
         growing, before = self._growing, self._growing.text
-        tokens = await off_loop(_num_new(before, text), lambda: _complete(growing, text))
+        tokens = await off_loop(growing.num_unsettled(text), lambda: _complete(growing, text))
         try:
             self._refuse_late()
             if not tokens:
                 raise InvalidRequest("a closed context needs at least 1 token", field="close.query")
             self._check_room(len(tokens))
         except HeadraceError:
-            await off_loop(_num_new(text, before), lambda: growing.replace(before))
+            await off_loop(growing.num_unsettled(before), lambda: growing.replace(before))
             raise
         self._know(tokens)
         self._num_tokens, self.is_closed = len(tokens), True
@@ -316,7 +330,7 @@ class Session:
             raise InvalidRequest(
                 f"the context has {len(context)} characters", field="operation", limit=f"{limit} characters"
             )
-        text = await off_loop(len(context), render)
+        text = await off_loop(len(context) + self.opening.num_chars_around, render)
         check_prompt_length(self._parts.model.min_num_tokens(text), self.opening.limits, name="the context")
         return text
 
@@ -326,6 +340,12 @@ class Session:
         # Another one: an operation may be at work on it, in a thread.
         self._growing = GrowingTokens(self._parts.model, self._parts.cuts)
         self._parts.room.forget(self.opening.context_id)
+
+    @property
+    def _most_tokens(self) -> int:
+        """Most tokens of a prompt that leaves room for an answer."""
+        limits = self.opening.limits
+        return limits.max_context_tokens - max(1, self.opening.request.sampling.max_tokens)
 
     def _check_room(self, num_tokens: int) -> None:
         check_room(num_tokens, max(1, self.opening.request.sampling.max_tokens), self.opening.limits)
@@ -387,20 +407,19 @@ class Session:
             self.ended_s = self._parts.clock.now()
             self.failure = failure
             self._forget_text()
+            self._checkpoints.clear()
+            # What is kept for a grace time is the answer.
+            self.known = []
+            self.opening = dataclasses.replace(self.opening, prompt=PlainPrompt(""))
             self.on_end()
             self.notify()
 
 
-def _grow(growing: GrowingTokens, text: str) -> int:
+def _grow(growing: GrowingTokens, text: str, most_tokens: int) -> int:
     growing.replace(text)
-    return growing.num_tokens()
+    return growing.num_tokens(most_tokens)
 
 
 def _complete(growing: GrowingTokens, text: str) -> list[int]:
     growing.replace(text)
     return growing.complete()
-
-
-def _num_new(before: str, text: str) -> int:
-    """Return how many characters are to be encoded when a text takes another's place."""
-    return len(text) - num_common(before, text)

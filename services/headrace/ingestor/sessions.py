@@ -25,6 +25,7 @@ from headrace.ingestor.parts import FULL_RETRY_S, IngestParts
 from headrace.ingestor.prompt import ChatPrompt, PlainPrompt, PromptText
 from headrace.ingestor.run import RouterRun
 from headrace.ingestor.session import Opening, Session
+from headrace.runtime.off_loop import off_loop
 from headrace.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,10 @@ class Sessions:
         """
         self._admit(wanted.tenant)
         card = await self._parts.routers.model(wanted.request.model)
-        session = Session(self._opening(wanted, card), self._parts)
+        num_chars = self._num_chars_around(wanted.request)
+        prompt = await off_loop(num_chars, lambda: self._prompt(wanted.request))
+        opening = dataclasses.replace(self._opening(wanted, card, prompt), num_chars_around=num_chars)
+        session = Session(opening, self._parts)
         await session.begin()
         try:
             self._admit(wanted.tenant)  # Others may have come meanwhile.
@@ -185,7 +189,23 @@ class Sessions:
                 retry_after_s=FULL_RETRY_S,
             )
 
-    def _opening(self, wanted: Wanted, card: router_pb2.ModelCard) -> Opening:
+    def _num_chars_around(self, request: router_pb2.GenerateRequest) -> int:
+        """Return how long what stands before a context is.
+
+        Raises:
+            InvalidRequest: it is too long.
+        """
+        num_chars = len(request.text) + sum(len(message.content) for message in request.chat.messages)
+        limit = self._parts.config.max_context_chars
+        if num_chars > limit:
+            raise InvalidRequest(
+                f"what stands before the context has {num_chars} characters",
+                field="request",
+                limit=f"{limit} characters",
+            )
+        return num_chars
+
+    def _opening(self, wanted: Wanted, card: router_pb2.ModelCard, prompt: PromptText) -> Opening:
         """Return the checked opening of a context.
 
         Raises:
@@ -201,7 +221,6 @@ class Sessions:
         )
         if request.num_choices > 1:
             raise InvalidRequest("a context has one answer", field="request.num_choices", limit="1")
-        prompt = self._prompt(request)
         draft = draft_from_proto(
             request,
             (),

@@ -20,6 +20,7 @@ class ContextCaller:
     Args:
         channel: To an ingestor, or a router.
         tenant: Who asks.
+        timeout_s: Longest time for the call.
 
     Attributes:
         opened: What was said first.
@@ -29,10 +30,10 @@ class ContextCaller:
         events: Kinds of all that came, in order.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, tenant: str | None = None) -> None:
+    def __init__(self, channel: grpc.aio.Channel, tenant: str | None = None, timeout_s: float | None = None) -> None:
         metadata = () if tenant is None else ((TENANT_HEADER, tenant),)
         stub: ingestor_pb2_grpc.IngestorServiceAsyncStub = ingestor_pb2_grpc.IngestorServiceStub(channel)
-        self.call = stub.StreamContext(metadata=metadata)
+        self.call = stub.StreamContext(metadata=metadata, timeout=timeout_s)
         self.opened = ingestor_pb2.ContextOpened()
         self.states: list[ingestor_pb2.ContextState] = []
         self.refusals: list[tuple[int, HeadraceError]] = []

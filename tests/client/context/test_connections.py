@@ -1,12 +1,16 @@
 """Contexts of the SDK over connections that break; and methods that are cancelled."""
 
 import asyncio
+import contextlib
 import random
 
+import grpc
 import pytest
 
 from headrace import ContextOverflow, InvalidRequest, PeerFailed, UnknownContext
 from headrace.client.context_link import ContextLink
+from headrace.ingestor.call import ContextCall
+from headrace.ingestor.service import IngestorServicer
 from headrace.ingestor.session import Session
 from headrace.testing.frontend import say
 
@@ -135,6 +139,90 @@ async def test_a_watch_takes_a_context_up_again_by_itself(place, drained):
             await watching
 
 
+async def test_a_context_is_taken_up_once_however_many_wait_for_it(place, drained):
+    found = await place()
+    found.frontend.is_computing = False
+    client = await found.client()
+    async with client.context() as context:
+        await context.append("some text. ")
+        waiting = [asyncio.create_task(context.checkpoint()) for _ in range(5)]
+        waiting.append(asyncio.create_task(drained(context.watch())))
+        await asyncio.sleep(0.02)
+        await found.restart()
+        await context.append("more text. ")
+        await asyncio.sleep(0.1)
+        assert found.ingestor.parts.counts.resumed == 1
+        found.frontend.is_computing = True
+        await context.append("last text. ")
+        await anext(context.close())
+        async with asyncio.timeout(5.0):
+            await asyncio.gather(*waiting)
+
+
+async def test_only_pieces_that_have_not_arrived_are_asked_for_again(place, monkeypatch):
+    found, cursors, begin = await place(), [], ContextCall.__init__
+
+    def note(self, session, cursor, tasks):
+        cursors.append(cursor)
+        begin(self, session, cursor, tasks)
+
+    monkeypatch.setattr(ContextCall, "__init__", note)
+    go_on = found.hold(3)
+    client = await found.client()
+    async with client.context() as context:
+        stream = context.close("Why?")
+        for _ in range(3):
+            await anext(stream)
+        await found.restart()
+        go_on.set()
+        assert (await stream.answer()).text == found.whole_answer
+    assert cursors == [0, 3]
+
+
+async def test_a_server_that_leaves_without_a_word_is_one_whose_connection_broke(place, monkeypatch):
+    leaves = asyncio.Event()
+
+    class Leaving(IngestorServicer):
+        async def StreamContext(self, request_iterator, context):
+            async for response in super().StreamContext(request_iterator, context):
+                yield response
+                if leaves.is_set():
+                    leaves.clear()
+                    await context.abort(grpc.StatusCode.CANCELLED, "")
+
+    monkeypatch.setattr("headrace.testing.ingestor.IngestorServicer", Leaving)
+    found = await place()
+    client = await found.client()
+    async with client.context() as context:
+        leaves.set()
+        await context.append("one ")
+        await context.append("two ")
+        await context.close().answer()
+    assert found.ingestor.parts.counts.resumed == 1
+    assert found.prompts() == ["one two "]
+
+
+async def test_a_context_is_abandoned_behind_a_change_that_was_never_sent(place):
+    found = await place()
+    found.frontend.is_computing = False
+    client = await found.client(retries=20)
+    async with client.context() as context:
+        await context.append("one ")
+        waiting = asyncio.create_task(context.checkpoint())
+        await asyncio.sleep(0.02)
+        port = await found.ingestor.break_off()
+        appending = asyncio.create_task(context.append("two "))
+        await asyncio.sleep(0.05)
+        appending.cancel()
+        await found.ingestor.start(port)
+        async with asyncio.timeout(5.0):
+            while not found.ingestor.parts.counts.resumed:  # noqa: ASYNC110 it is a counter
+                await asyncio.sleep(0.005)
+    assert found.ingestor.sessions.live() == []
+    with pytest.raises(UnknownContext):
+        await waiting
+
+
 async def test_a_refusal_that_was_not_heard_is_told_over_the_next_connection(place, monkeypatch):
     found = await place()
     apply, refused = Session.apply, asyncio.Event()
@@ -245,6 +333,10 @@ async def test_nothing_is_added_to_a_context_of_which_it_is_not_known_what_it_ha
         with pytest.raises(PeerFailed):
             await context.append("two ")
         await found.ingestor.start(port)
+        while True:
+            with contextlib.suppress(PeerFailed):
+                async with client.context():
+                    break
         with pytest.raises(PeerFailed):
             await context.append("two ")
 

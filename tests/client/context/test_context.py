@@ -77,6 +77,7 @@ async def test_an_answer_is_iterated_or_asked_for_or_both(place):
 
 async def test_a_context_is_watched_until_its_answer_begins(place):
     found = await place()
+    found.hold(1)
     client = await found.client()
     states = []
 
@@ -94,6 +95,22 @@ async def test_a_context_is_watched_until_its_answer_begins(place):
     assert states[0].applied == 0
     assert any(state.num_computed for state in states)
     assert all(before != after for before, after in zip(states, states[1:], strict=False))
+
+
+async def test_a_watch_ends_with_the_first_token_even_if_nobody_takes_it(place, drained):
+    found = await place()
+    go_on = found.hold(0)
+    client = await found.client()
+    async with client.context() as context:
+        await context.append("some text. ")
+        watching = asyncio.create_task(drained(context.watch()))
+        answering = asyncio.create_task(context.close().answer())
+        await found.frontend.until(submitted=1)
+        answering.cancel()
+        go_on.set()
+        async with asyncio.timeout(5.0):
+            states = await watching
+    assert states[-1].is_closed
 
 
 async def test_a_context_that_is_abandoned_is_watched_no_longer(place, drained):

@@ -184,6 +184,13 @@ async def test_a_bug_answers_500_without_its_text(http, frontend):
     assert error_of(response)["type"] == "server_error"
 
 
+async def test_what_a_path_names_is_in_no_log(frontend, settings, app, caplog):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+        answer = await http.post("/v1/contexts/ingestor.secret/append", json={"text": "x"})
+    assert answer.status_code == 503
+    assert [record.path for record in caplog.records if hasattr(record, "path")] == ["/v1/contexts/{context_id}/append"]
+
+
 async def test_a_request_id_is_echoed_and_made_unique_inside(http, frontend):
     for _ in range(2):
         response = await http.post(CHAT, json={"messages": HI}, headers={"X-Request-Id": "mine"})

@@ -67,8 +67,16 @@ async def _on_headrace_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HeadraceError):
         raise error
     if error.http_status >= 500:
-        _LOG.warning("request failed", extra={"path": request.url.path, "code": error.code})
+        _LOG.warning("request failed", extra={"path": _shown_path(request), "code": error.code})
     return error_response(error)
+
+
+def _shown_path(request: Request) -> str:
+    """Return the path without what it names: whoever knows the id of a context has it."""
+    path = request.url.path
+    for name, value in request.path_params.items():
+        path = path.replace(str(value), f"{{{name}}}")
+    return path
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -69,6 +69,7 @@ class Watched(Ingestors):
     Attributes:
         gate: Awaited before every request.
         heard: Responses that were taken in.
+        calls: Those of each call.
         changed: Set, and replaced, at each.
     """
 
@@ -76,6 +77,7 @@ class Watched(Ingestors):
         super().__init__(table, channels)
         self.gate = self._let_pass
         self.heard = []
+        self.calls = []
         self.changed = asyncio.Event()
 
     async def _let_pass(self, request):
@@ -92,7 +94,8 @@ class Watched(Ingestors):
 
 class _WatchedCall:
     def __init__(self, call, watch):
-        self._call, self._watch = call, watch
+        self._call, self._watch, self._heard = call, watch, []
+        watch.calls.append(self._heard)
         self.cancel = call.cancel
 
     async def write(self, request):
@@ -102,6 +105,7 @@ class _WatchedCall:
     async def __aiter__(self):
         async for response in self._call:
             self._watch.heard.append(response)
+            self._heard.append(response)
             self._watch.changed.set()
             self._watch.changed = asyncio.Event()
             yield response
