@@ -195,6 +195,12 @@ async def test_a_context_is_taken_up_at_the_ingestor_that_its_id_names(door):
     assert named.parts.counts.resumed == 1
 
 
+async def test_a_router_that_has_not_met_all_cannot_say_that_a_context_is_unknown(door):
+    await door.add("ingestor")
+    door.table.members["127.0.0.1:1"] = Worker(address="127.0.0.1:1")
+    await failure_of(door.stub().StreamContext(iter([resuming("other.abc")])), NotReady)
+
+
 @pytest.mark.parametrize("context_id", ["", "nobody", "nobody.abc", "ingestor", "ingestor.abc", ".abc", "ing\0estor.a"])
 async def test_an_id_that_nobody_gave_out_is_an_unknown_context(door, context_id):
     await door.add("ingestor")

@@ -49,14 +49,17 @@ class Ingestors:
 
         Raises:
             InvalidRequest: the request neither opens a context nor takes one up again.
-            UnknownContext: no such ingestor is known, so it has no such context.
-            NotReady: there is none for a new context now.
+            UnknownContext: there is no such ingestor, so it has no such context.
+            NotReady: there is none for a new context now, or not all have been met that may have the context.
         """
         if first.HasField("resume"):
             name = first.resume.context_id.partition(".")[0]
             for member in self._table.members.values():
                 if member.role == cluster_pb2.ROLE_INGESTOR and member.name == name:
                     return member.address
+            if any(member.identity is None for member in self._table.members.values()):
+                # This router has just started: the one that is meant may be among those not met yet.
+                raise NotReady("not all ingestors have been met yet: retry shortly", retry_after_s=1.0)
             raise UnknownContext("there is no such context, or not any more", field="context_id")
         if not first.HasField("open"):
             raise InvalidRequest("the first request opens a context or takes one up again", field="request")
