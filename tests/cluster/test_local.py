@@ -14,12 +14,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
 def blocks_movers(cluster: LocalCluster) -> dict[str, str]:
-    return {each.name: each.grpc for each in cluster.state().processes if each.role not in ("router", "redis")}
+    others = ("router", "ingestor", "redis")
+    return {each.name: each.grpc for each in cluster.state().processes if each.role not in others}
 
 
 def test_every_server_listens_on_loopback_only(cluster):
     names = {process.name: process.pid for process in cluster.state().processes}
-    assert set(names) == {"router", "kvstore", "prefill-0", "decode-0", "redis"}
+    assert set(names) == {"router", "kvstore", "ingestor", "prefill-0", "decode-0", "redis"}
     for name, pid in names.items():
         listening = [found for found in psutil.Process(pid).net_connections("inet") if found.status == "LISTEN"]
         assert listening, name
@@ -55,7 +56,8 @@ def test_the_doctor_measures_every_pair_also_after_the_kvstore_was_reborn(cluste
 
 
 def test_workers_measure_what_their_steps_cost_before_they_are_ready(cluster):
-    workers = {name: member for name, member in cluster.members().items() if name not in ("router", "kvstore")}
+    others = ("router", "kvstore", "ingestor")
+    workers = {name: member for name, member in cluster.members().items() if name not in others}
     assert set(workers) == {"prefill-0", "decode-0"}
     for member in workers.values():
         cost, ledger = member.load.cost, member.load.ledger
