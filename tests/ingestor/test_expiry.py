@@ -174,7 +174,7 @@ async def test_a_client_that_opens_and_never_reads_holds_nothing_beyond_the_idle
 
 
 async def test_a_call_that_says_nothing_is_ended(caller, monkeypatch):
-    monkeypatch.setattr("headrace.ingestor.service.FIRST_REQUEST_S", 0.01)
+    monkeypatch.setattr("headrace.runtime.incoming.FIRST_REQUEST_S", 0.01)
     ingestor, call = await caller()
     with pytest.raises(DeadlineExceeded, match="no request came"):
         await call().finish()

@@ -60,7 +60,8 @@ class Door:
         self.table = WorkerTable(
             name="router", addresses=(), channels=channels, clock=VirtualClock(), report_timeout_s=1.0
         )
-        self.ingestors = Ingestors(self.table, channels)
+        self.configured = []
+        self.ingestors = Ingestors(self.table, channels, self.configured)
         self.server = GrpcServer("router", "127.0.0.1", 0, new_work=(METHOD,))
         forwarder = IngestorForwarder(self.ingestors, tasks, MAX_BYTES)
         self.server.add(ingestor_pb2_grpc.add_IngestorServiceServicer_to_server, forwarder)
@@ -198,6 +199,7 @@ async def test_a_context_is_taken_up_at_the_ingestor_that_its_id_names(door):
 async def test_a_router_that_has_not_met_all_cannot_say_that_a_context_is_unknown(door):
     await door.add("ingestor")
     door.table.members["127.0.0.1:1"] = Worker(address="127.0.0.1:1")
+    door.configured.append("127.0.0.1:1")
     await failure_of(door.stub().StreamContext(iter([resuming("other.abc")])), NotReady)
 
 
@@ -232,7 +234,7 @@ async def test_a_call_that_does_not_say_what_it_is_for_is_refused(door, requests
 
 
 async def test_a_client_that_says_nothing_is_not_waited_for(door, monkeypatch):
-    monkeypatch.setattr("headrace.router.ingestors.FIRST_REQUEST_S", 0.05)
+    monkeypatch.setattr("headrace.runtime.incoming.FIRST_REQUEST_S", 0.05)
     await failure_of(door.stub().StreamContext(), DeadlineExceeded)
 
 

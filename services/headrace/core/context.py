@@ -8,6 +8,10 @@ ContextId = NewType("ContextId", str)
 """Unguessable; names an ingestor and one of its contexts."""
 
 
+SEQUENCE_FIELD = "operation.sequence"
+"""Field at fault of an operation that was refused because of its number."""
+
+
 class ContextMode(Enum):
     """How a context may change."""
 

@@ -1,22 +1,18 @@
 """IngestorService on the wire: translates and decides nothing."""
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import grpc.aio
 
-from headrace.core.tenancy import TENANT_HEADER, tenant_of
-from headrace.errors import DeadlineExceeded, InvalidRequest
+from headrace.errors import InvalidRequest
 from headrace.ingestor.call import ContextCall
 from headrace.ingestor.parts import IngestParts
 from headrace.ingestor.session import Session
 from headrace.ingestor.sessions import Sessions, Wanted
 from headrace.ingestor.wire import mode_from_proto
+from headrace.runtime.incoming import first_of, tenant_of_call
 from headrace.v1 import ingestor_pb2, ingestor_pb2_grpc
-
-FIRST_REQUEST_S = 10.0
-"""Longest wait for the request that says what a call is for."""
 
 
 class IngestorServicer(ingestor_pb2_grpc.IngestorServiceServicer):
@@ -37,13 +33,7 @@ class IngestorServicer(ingestor_pb2_grpc.IngestorServiceServicer):
         context: "grpc.aio.ServicerContext[object, object]",
     ) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Open a context or take one up again; cancelling the call leaves it as it is."""
-        metadata = context.invocation_metadata() or ()
-        tenant = tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
-        try:
-            async with asyncio.timeout(FIRST_REQUEST_S):
-                first = await anext(request_iterator, None)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no request came within {FIRST_REQUEST_S:g} s", field="request") from None
+        first, tenant = await first_of(request_iterator), tenant_of_call(context)
         session, cursor = await self._session(first, tenant, context.time_remaining())
         call = ContextCall(session, cursor, self._parts.tasks)
         async with aclosing(call.responses(request_iterator)) as responses:

@@ -9,6 +9,7 @@ from typing import TypeAlias, assert_never
 
 from headrace.core.common_prefix import num_common
 from headrace.core.context import (
+    SEQUENCE_FIELD,
     Abandon,
     Append,
     Checkpoint,
@@ -30,9 +31,6 @@ from headrace.text.growing import GrowingTokens
 from headrace.v1 import router_pb2
 
 logger = logging.getLogger(__name__)
-
-REPEATED = "operation.sequence"
-"""Field at fault of an operation that was refused because of its number."""
 
 NUM_DIGESTS = 256
 """Operations of which it is known whether one that is sent again is the same."""
@@ -200,13 +198,15 @@ class Session:
             if not 1 <= sequence <= self._applied + 1:
                 return SequenceGap(
                     f"operation {sequence} came after {self._applied}",
-                    field="operation.sequence",
+                    field=SEQUENCE_FIELD,
                     limit=f"{self._applied + 1}",
                 )
             if sequence <= self._applied:
                 if refuse_repeated:
                     return InvalidRequest(
-                        f"operation {sequence} was carried out before", field=REPEATED, limit=f"{self._applied + 1}"
+                        f"operation {sequence} was carried out before",
+                        field=SEQUENCE_FIELD,
+                        limit=f"{self._applied + 1}",
                     )
                 return self._again(sequence, operation)
             outcome = await self._carry_out(sequence, operation)
@@ -222,7 +222,9 @@ class Session:
     def _again(self, sequence: int, operation: Operation) -> HeadraceError | None:
         """Return what became of an operation that is sent again."""
         if self._digests.get(sequence, hash(operation)) != hash(operation):
-            return InvalidRequest(f"operation {sequence} was another one", field=REPEATED, limit=f"{self._applied + 1}")
+            return InvalidRequest(
+                f"operation {sequence} was another one", field=SEQUENCE_FIELD, limit=f"{self._applied + 1}"
+            )
         return self._refusals.get(sequence)
 
     def _remember(self, sequence: int, operation: Operation, outcome: HeadraceError | None) -> None:

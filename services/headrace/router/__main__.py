@@ -93,7 +93,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
-        ingestors = Ingestors(table, channels)
+        ingestors = Ingestors(table, channels, config.ingestors)
         forwarder = IngestorForwarder(ingestors, tasks, config.max_body_bytes)
         server.add(ingestor_pb2_grpc.add_IngestorServiceServicer_to_server, forwarder)
         server.add(index_pb2_grpc.add_IndexServiceServicer_to_server, index.servicer())

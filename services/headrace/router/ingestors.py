@@ -3,16 +3,15 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from headrace.core.tenancy import TENANT_HEADER, tenant_of
+from headrace.core.tenancy import TENANT_HEADER
 from headrace.errors import (
     Cancelled,
-    DeadlineExceeded,
     HeadraceError,
     InvalidRequest,
     NotReady,
@@ -20,15 +19,13 @@ from headrace.errors import (
 )
 from headrace.router.workers import WorkerTable
 from headrace.runtime.channels import Channels, translate_errors
+from headrace.runtime.incoming import first_of, tenant_of_call
 from headrace.v1 import cluster_pb2, ingestor_pb2, ingestor_pb2_grpc
 
 if TYPE_CHECKING:
     from headrace.client.context_link import ContextCall
 
 logger = logging.getLogger(__name__)
-
-FIRST_REQUEST_S = 10.0
-"""Longest wait for the request that says what a call is for."""
 
 
 class Ingestors:
@@ -37,10 +34,12 @@ class Ingestors:
     Args:
         table: Knows the ingestors.
         channels: Connections to them.
+        addresses: Of all that there are.
     """
 
-    def __init__(self, table: WorkerTable, channels: Channels) -> None:
+    def __init__(self, table: WorkerTable, channels: Channels, addresses: Collection[str]) -> None:
         self._table = table
+        self._addresses = addresses
         self._channels = channels
         self._numbers = itertools.count()
 
@@ -57,7 +56,7 @@ class Ingestors:
             for member in self._table.members.values():
                 if member.role == cluster_pb2.ROLE_INGESTOR and member.name == name:
                     return member.address
-            if any(member.identity is None for member in self._table.members.values()):
+            if any(self._table.members[address].identity is None for address in self._addresses):
                 # This router has just started: the one that is meant may be among those not met yet.
                 raise NotReady("not all ingestors have been met yet: retry shortly", retry_after_s=1.0)
             raise UnknownContext("there is no such context, or not any more", field="context_id")
@@ -99,14 +98,7 @@ class IngestorForwarder(ingestor_pb2_grpc.IngestorServiceServicer):
         context: "grpc.aio.ServicerContext[object, object]",
     ) -> AsyncGenerator[ingestor_pb2.StreamContextResponse, None]:
         """Pass requests on and responses back until either end leaves."""
-        try:
-            async with asyncio.timeout(FIRST_REQUEST_S):
-                first = await anext(request_iterator, None)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no request came within {FIRST_REQUEST_S:g} s", field="request") from None
-        # Not before: a call that ends while its client writes hides from it why.
-        metadata = context.invocation_metadata() or ()
-        tenant = tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
+        first, tenant = await first_of(request_iterator), tenant_of_call(context)
         if first is None:
             raise InvalidRequest("the first request opens a context or takes one up again", field="request")
         address = self._ingestors.address_of(first)

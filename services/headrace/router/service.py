@@ -9,7 +9,6 @@ import grpc.aio
 from headrace.clock import Clock
 from headrace.core.draft import draft_from_proto
 from headrace.core.request import ContextProgress
-from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.validate import RequestDraft, RequestLimits, build_request
 from headrace.core.wire import piece_to_proto
 from headrace.errors import InvalidRequest
@@ -17,6 +16,7 @@ from headrace.router.arriving import ArrivingContext
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
 from headrace.router.tokens import detokenize, refuse_long_text
+from headrace.runtime.incoming import tenant_of_call
 from headrace.runtime.off_loop import off_loop
 from headrace.v1 import generate_pb2, router_pb2, router_pb2_grpc
 
@@ -49,7 +49,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         """Stream the answer; cancelling the call stops all its work."""
         self._refuse_large(request.ByteSize())
         model = self._frontend.model(request.model)
-        tenant = _tenant(context)
+        tenant = tenant_of_call(context)
         prompt = await _prompt_tokens(model, request, self._limits(model))
         draft = self._draft(request, prompt, tenant, context.time_remaining())
         checked = build_request(draft, self._limits(model), self._config.tenancy(), now_unix_ms=self._clock.unix_ms())
@@ -74,7 +74,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         limits, prompt = self._limits(model), list(opening.tokens.token_ids)
         if opening.WhichOneof("prompt") not in {None, "tokens"} or opening.num_choices > 1:
             raise InvalidRequest("a context has one answer and is opened with tokens, or nothing", field="open")
-        draft = self._draft(opening, prompt, _tenant(context), context.time_remaining())
+        draft = self._draft(opening, prompt, tenant_of_call(context), context.time_remaining())
         now_unix_ms = self._clock.unix_ms()
         checked = build_request(draft, limits, self._config.tenancy(), now_unix_ms=now_unix_ms, is_open=True)
         arriving = ArrivingContext(limits, num_tokens=len(prompt), max_tokens=opening.sampling.max_tokens)
@@ -158,11 +158,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             request_id="gen-" + secrets.token_hex(12),
             fresh_seed=secrets.randbits(64),
         )
-
-
-def _tenant(context: "grpc.aio.ServicerContext[object, object]") -> str:
-    metadata = context.invocation_metadata() or ()
-    return tenant_of([str(value) for key, value in metadata if key == TENANT_HEADER])
 
 
 async def _prompt_tokens(model: ServedModel, request: router_pb2.GenerateRequest, limits: RequestLimits) -> list[int]:

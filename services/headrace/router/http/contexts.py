@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from headrace.client import messages, values
 from headrace.client.context_link import ContextLink
-from headrace.core.context import ContextState
+from headrace.core.context import SEQUENCE_FIELD, ContextState
 from headrace.core.request import Piece
 from headrace.core.tenancy import TENANT_HEADER, tenant_of
 from headrace.core.wire import piece_from_proto
@@ -41,7 +41,7 @@ MOST_TIMEOUT_S = 4_000_000.0
 """What the wire carries in milliseconds; the ingestor allows far less."""
 
 _NAMES = {
-    "operation.sequence": "sequence",
+    SEQUENCE_FIELD: "sequence",
     "append.text": "text",
     "append.segment_id": "segment",
     "replace.from_segment_id": "from_segment",
@@ -199,7 +199,7 @@ async def _apply_next(link: ContextLink, operation: ingestor_pb2.ContextOperatio
     while True:
         operation.sequence = link.state.applied + 1
         refusal = await link.operate(operation)
-        if refusal is None or refusal.field != "operation.sequence":
+        if refusal is None or refusal.field != SEQUENCE_FIELD:
             return refusal
 
 

@@ -74,7 +74,7 @@ class Watched(Ingestors):
     """
 
     def __init__(self, table, channels):
-        super().__init__(table, channels)
+        super().__init__(table, channels, ())
         self.gate = self._let_pass
         self.heard = []
         self.calls = []
