@@ -30,8 +30,10 @@ class Bench:
         call = self.decode(self.fleet.spec(PROMPT, **options), REMOTE)
         return call, (await anext(aiter(call))).reservation.lease
 
-    async def begin(self, lease, writer="w", epoch=None):
-        request = decode_pb2.BeginWriteRequest(lease_id=lease.lease_id, epoch=epoch or lease.epoch, writer_id=writer)
+    async def begin(self, lease, writer="w", epoch=None, **origin):
+        request = decode_pb2.BeginWriteRequest(
+            lease_id=lease.lease_id, epoch=epoch or lease.epoch, writer_id=writer, **origin
+        )
         return (await self.stub.BeginWrite(request, timeout=5)).is_accepted
 
     async def commit(self, lease, writer="w", epoch=None, **outcome):
@@ -89,6 +91,17 @@ async def test_a_cancel_after_the_begin_keeps_the_blocks_until_the_writer_s_end(
     await bench.fleet.until(lambda: not bench.worker.engine.stats().num_running, "the sequence is still there")
     assert bench.worker.engine.stats().leased_blocks == 5
     assert await bench.commit(lease, failure="cancelled")
+
+
+async def test_a_writer_that_does_not_answer_where_it_says_it_lives_may_not_write(bench):
+    """Nobody could ever prove that it has ended, and its blocks would be kept until the deadline."""
+    call, lease = await bench.reserve()
+    for address, epoch in (("127.0.0.1:1", "gone"), (bench.worker.lane.address, "an earlier life")):
+        assert not await bench.begin(lease, writer_address=address, writer_epoch=epoch)
+    assert bench.worker.reservations.num_writers() == 0
+    assert await bench.begin(lease, writer_address=bench.worker.lane.address, writer_epoch=bench.worker.epoch)
+    assert await bench.commit(lease, failure="enough")
+    call.cancel()
 
 
 async def test_a_commit_for_another_epoch_changes_nothing(bench):

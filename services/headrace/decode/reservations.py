@@ -160,9 +160,9 @@ class Reservations:
         reservation.writer = writer_id
         return True
 
-    async def meet(self, origin: Origin) -> None:
-        """Make sure that the end of a writer's process can be proven later; costs a call per lifetime."""
-        await self._lifetimes.meet(origin.address, origin.epoch)
+    async def meet(self, origin: Origin) -> bool:
+        """Return whether the end of a writer's process can be proven later; costs a call per lifetime."""
+        return await self._lifetimes.meet(origin.address, origin.epoch)
 
     def commit(self, lease_id: str, writer_id: str, first: Token, reused: Reused) -> bool:
         """Take note that a writer delivered all KV; False when the sequence does not wait for it."""

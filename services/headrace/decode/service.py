@@ -77,12 +77,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def BeginWrite(
         self, request: decode_pb2.BeginWriteRequest, context: grpc.aio.ServicerContext[object, object]
     ) -> decode_pb2.BeginWriteResponse:
-        """Count a prefill worker as a writer."""
+        """Count a prefill worker as a writer, unless its end could not be proven later."""
         reservations = self._parts.reservations
         origin = Origin(address=request.writer_address, epoch=request.writer_epoch)
-        if origin.address:
-            await reservations.meet(origin)
-        is_accepted = reservations.begin_write(request.lease_id, request.epoch, request.writer_id, origin)
+        is_known = not origin.address or await reservations.meet(origin)
+        is_accepted = is_known and reservations.begin_write(request.lease_id, request.epoch, request.writer_id, origin)
         return decode_pb2.BeginWriteResponse(is_accepted=is_accepted)
 
     async def CommitPrefill(

@@ -259,7 +259,9 @@ class BeginWriteResponse(_message.Message):
 
     IS_ACCEPTED_FIELD_NUMBER: _builtins.int
     is_accepted: _builtins.bool
-    """Whether the sequence still lives; false means: do not write."""
+    """Whether the sequence still lives and the writer's process answers at the address that it
+    gave; false means: do not write.
+    """
     def __init__(
         self,
         *,

@@ -30,34 +30,29 @@ class Lifetimes:
     def __init__(self, channels: Channels, introduce: Callable[[], cluster_pb2.HandshakeRequest]) -> None:
         self._channels = channels
         self._introduce = introduce
-        self._met: dict[tuple[str, str], bool] = {}
+        self._met: dict[tuple[str, str], None] = {}
 
     def note(self, address: str, epoch: str) -> None:
         """Take note that a lifetime has just answered at its address."""
-        self._note(address, epoch, is_met=True)
+        self._met[address, epoch] = None
+        while len(self._met) > MAX_MET:
+            del self._met[next(iter(self._met))]
 
     async def meet(self, address: str, epoch: str) -> bool:
         """Return whether a lifetime answered at its address, asking if nobody has; later proofs need it."""
-        if (address, epoch) not in self._met:
-            self._note(address, epoch, is_met=await self._epoch_at(address) == epoch)
-        return self._met.get((address, epoch), False)
+        if (address, epoch) not in self._met and await self._epoch_at(address) == epoch:
+            self.note(address, epoch)
+        return (address, epoch) in self._met
 
     async def is_over(self, address: str, epoch: str) -> bool:
         """Return whether a lifetime that was met has provably ended; takes at most two probe timeouts."""
-        key = address, epoch
-        if not self._met.get(key):
-            self._met.pop(key, None)
+        if (address, epoch) not in self._met:
             await self.meet(address, epoch)
             return False
         if await _refuses_connections(address):
             return True
         found = await self._epoch_at(address)
         return found is not None and found != epoch
-
-    def _note(self, address: str, epoch: str, *, is_met: bool) -> None:
-        self._met[address, epoch] = is_met
-        while len(self._met) > MAX_MET:
-            del self._met[next(iter(self._met))]
 
     async def _epoch_at(self, address: str) -> str | None:
         """Return the lifetime that answers; None when nobody does. One that refuses us is none we have met."""
