@@ -188,13 +188,18 @@ def kept_rows(folder):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("kind", ["Q4_1", "F16"])
-def test_a_second_start_takes_the_table_that_the_first_one_measured(tmp_path, kind, monkeypatch):
+def test_the_least_times_of_all_starts_count(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     write_gguf(tmp_path / "model.gguf", kind)
     first = auto(tmp_path)
     assert first.is_quantised is (kind == "Q4_1")
     assert first.row_table.rows == ROWS
     assert auto(tmp_path, tick_s=2e-6).row_table == first.row_table
+    (kept,) = kept_rows(tmp_path)
+    at_first = kept.read_text()
+    mended = auto(tmp_path, tick_s=0.5e-6).row_table
+    assert all(now < before for now, before in zip(mended.torch_s, first.row_table.torch_s, strict=True))
+    assert kept.read_text() != at_first
     assert auto(tmp_path, threads=2, tick_s=2e-6).row_table != first.row_table
     assert len(kept_rows(tmp_path)) == 2
 
@@ -206,8 +211,9 @@ def test_torch_is_loaded_if_and_only_if_a_table_gives_it_rows(tmp_path):
     (kept,) = kept_rows(tmp_path)
     content = json.loads(kept.read_text())
     assert ROWS[6] == 64
-    for torch_s, kind in ((1.0, NativeDecoder), (0.5, RowsDecoder)):
-        content["rows"] |= {"native_s": [1.0] * len(ROWS), "torch_s": [1.0] * 6 + [torch_s] * (len(ROWS) - 6)}
+    for torch_s, kind in ((1e-9, NativeDecoder), (0.5e-9, RowsDecoder)):
+        # Shorter than any time that this start finds.
+        content["rows"] |= {"native_s": [1e-9] * len(ROWS), "torch_s": [1e-9] * 6 + [torch_s] * (len(ROWS) - 6)}
         kept.write_text(json.dumps(content))
         model = auto(tmp_path)
         assert isinstance(model.decoder, kind)

@@ -17,10 +17,10 @@ from headrace.engine.models.native import NativeDecoder, can_run
 from headrace.engine.models.packed import kept_packed
 from headrace.engine.models.row_paths import (
     LIMIT_S,
-    FirstLayer,
+    FirstLayers,
     RowsDecoder,
     RowTable,
-    first_layer,
+    first_layers,
     keep_table,
     known_table,
     measure,
@@ -113,13 +113,13 @@ def load_model(
 def load_auto(path: Path, cache_dir: Path | None = None, *, device: torch.device, cores: Cores, clock: Clock) -> Model:
     """Load a model in the best precision that is fast here, never worse than bf16, and choose its path by rows.
 
-    Where the C++ kernels compute, one layer is timed against torch's bf16 at the first start. If torch is clearly
+    Where the C++ kernels compute, a few layers are timed against torch's bf16 at every start. If torch is clearly
     faster from some number of rows on, such steps take it, and its weights are loaded too: 2 bytes per weight besides
     the kernels' own, 6 on a CPU without bf16 instructions.
 
     Args:
         path: As for `load_model`.
-        cache_dir: As for `load_model`; the times are kept there too, and None measures at each start.
+        cache_dir: As for `load_model`; the least times of all starts are kept there too.
         device: Where weights go.
         cores: What the worker will compute on, and takes turns with other workers for.
         clock: Measures.
@@ -143,13 +143,12 @@ def load_auto(path: Path, cache_dir: Path | None = None, *, device: torch.device
 def _row_table(
     model: Model, source: GgufFile | SafetensorsFolder, folder: Path | None, cores: Cores, clock: Clock
 ) -> RowTable:
-    """Return the table of an earlier start, else measure; workers that start together take turns at that."""
+    """Measure, and join with what earlier starts kept; workers that start together take turns at that."""
     kept = None if folder is None else _row_file(folder, model, cores)
-    table = known_table(kept)
-    is_kept = table is not None
-    if table is None:
-        with cores.turn(LIMIT_S), cores:
-            table = known_table(kept) or _measured(model, source, cores, clock)
+    with cores.turn(LIMIT_S), cores:
+        known = known_table(kept)
+        table = _measured(model, source, cores, clock, known)
+        if table != known:
             keep_table(kept, table)
     logger.info(
         "times by number of rows",
@@ -157,7 +156,7 @@ def _row_table(
             "rows": table.rows,
             "native_to_torch": [round(gain, 2) for gain in table.gains],
             "torch_from": table.torch_from,
-            "is_kept": is_kept,
+            "was_known": known is not None,
         },
     )
     return table
@@ -170,6 +169,7 @@ def _row_file(folder: Path, model: Model, cores: Cores) -> KeptFile:
         {
             "contents": " ".join(digest.hex() for digest in model.contents),
             "form": "grid" if model.is_quantised else "bf16",
+            "layers": len(first_layers(model.spec).layers),
             "threads": cores.most_threads,
             "processor": processor(),
             "kernels": f"{KERNEL_VERSION}, {native.build().name}",
@@ -178,14 +178,17 @@ def _row_file(folder: Path, model: Model, cores: Cores) -> KeptFile:
     )
 
 
-def _measured(model: Model, source: GgufFile | SafetensorsFolder, cores: Cores, clock: Clock) -> RowTable:
-    spec, weights = first_layer(model.spec), FirstLayer(source)
+def _measured(
+    model: Model, source: GgufFile | SafetensorsFolder, cores: Cores, clock: Clock, known: RowTable | None
+) -> RowTable:
+    spec, weights = first_layers(model.spec), FirstLayers(source)
     return measure(
         NativeDecoder(spec, weights, quantised=model.is_quantised, most_threads=torch.get_num_threads()),
         build_decoder(spec, weights, dtype=model.dtype, device=model.device),
         spec,
         cores.share,
         clock,
+        known=known,
     )
 
 

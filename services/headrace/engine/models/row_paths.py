@@ -33,15 +33,25 @@ of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-
 several times faster.
 """
 
-ROUNDS = 4
-"""Times that each number of rows is taken with either path; the first pays for memory, and any may be disturbed: with
-two, one of six starts found torch as slow as the kernels where it is twice as fast (2-core Xeon, 2026-11-22)."""
+QUIET_ROUNDS = 3
+"""Rounds in a row that must find no time clearly shorter before a first table is believed.
+
+The first round pays for memory, and any may be disturbed: with two rounds in all, one of six starts found torch as
+slow as the kernels where it is twice as fast (2-core Xeon, 2026-11-22).
+"""
+
+CLEARLY_SHORTER = 0.95
+"""Share of the least time so far below which a time is clearly shorter."""
 
 LIMIT_S = 2.0
 """Longest time of measuring; SmolLM2 takes 1 s where nothing else runs (2-core Zen 3)."""
 
 LEAST_KEPT = 64
 """Rows that a table must reach to be kept: a large model gets no further, a busy machine hardly as far."""
+
+SAMPLE_BYTES = 24 << 20
+"""bf16 weights of the layers that are timed. What a step costs beside its layers is small against them then: with one
+layer of SmolLM2 torch was 1.2 times as fast as the kernels for 64 rows, with all it is 1.6 times (2-core Xeon)."""
 
 _BLOCK_TOKENS = 16
 _VOCABULARY = 32
@@ -58,7 +68,7 @@ class Computation(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowTable:
-    """What one layer takes either way; the three lists are of one length.
+    """What the first layers take either way; the three lists are of one length.
 
     Attributes:
         rows: Numbers of rows, ascending.
@@ -115,8 +125,8 @@ class RowsDecoder:
         return self._plain(step, arena, threads or self._all_threads)
 
 
-class FirstLayer:
-    """Weights of a model of one layer, that of another model, with next to no vocabulary."""
+class FirstLayers:
+    """Weights of the first layers of a model, with next to no vocabulary."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -133,7 +143,7 @@ class FirstLayer:
     def read(
         self, name: str, shape: tuple[int, ...], layer: int | None = None, *, kind: str = "weight"
     ) -> torch.Tensor:
-        """Return a weight of the first layer, or noise for a vocabulary."""
+        """Return a weight of a layer, or noise for a vocabulary."""
         return torch.randn(shape) if name == "embedding" else self._source.read(name, shape, layer, kind=kind)
 
     def read_grid(self, name: str, shape: tuple[int, int], layer: int | None = None) -> Grid | None:
@@ -141,9 +151,12 @@ class FirstLayer:
         return None if name == "embedding" else self._source.read_grid(name, shape, layer)
 
 
-def first_layer(spec: ModelSpec) -> ModelSpec:
-    """Return the model that `FirstLayer` has the weights of."""
-    return replace(spec, layers=spec.layers[:1], vocab_size=_VOCABULARY, is_tied=True)
+def first_layers(spec: ModelSpec) -> ModelSpec:
+    """Return the model that `FirstLayers` has the weights of: as few layers as tell what one costs."""
+    heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
+    num_weights = spec.hidden_size * (heads * spec.head_dim + 3 * spec.mlp_size)
+    num_layers = max(1, SAMPLE_BYTES // (2 * num_weights))
+    return replace(spec, layers=spec.layers[:num_layers], vocab_size=_VOCABULARY, is_tied=True)
 
 
 def known_table(kept: KeptFile | None) -> RowTable | None:
@@ -167,52 +180,59 @@ def is_enough(table: RowTable) -> bool:
 
 
 def keep_table(kept: KeptFile | None, table: RowTable) -> None:
-    """Keep a table for the next start if it tells enough and there is a file for one.
-
-    It is not measured again there, unlike the cost of steps: both paths were timed in turns, so a machine that was
-    busy then has slowed both.
-    """
+    """Keep a table for the next start if it tells enough and there is a file for one."""
     if kept is not None and is_enough(table):
         kept.write(asdict(table))
 
 
 @torch.inference_mode()
-def measure(
+def measure(  # noqa: PLR0913 what is measured, how, and what is known of it
     native: Computation,
     plain: Computation,
     spec: ModelSpec,
     threads: Callable[[], int],
     clock: Clock,
     limit_s: float = LIMIT_S,
+    known: RowTable | None = None,
 ) -> RowTable:
-    """Time both computations of one layer in turns, round after round, and take the least time of each.
+    """Time both computations of a few layers in turns, round after round, and take the least time of each.
 
-    A whole layer and not its products alone: with bf16 weights torch's products are faster from 32 rows on even on a
+    Whole layers and not their products alone: with bf16 weights torch's products are faster from 32 rows on even on a
     CPU without bf16 instructions, and its attention and small operations take that back. A step is one prompt.
+
+    A busy machine makes times longer and never shorter, and those of torch more than those of the kernels, for its
+    threads wait for each other: on one such start torch was believed faster from 512 rows on, where it is from 64. So
+    the least times of earlier starts count too, and every start adds a round, or more if that finds shorter times.
 
     Args:
         native: The C++ kernels.
         plain: Torch.
-        spec: What either computes, from `first_layer`.
+        spec: What either computes, from `first_layers`.
         threads: Asked for the threads of either.
         clock: Measures.
         limit_s: No step is begun that would end after it, as far as those before it tell: a large model or a slow
             machine measures fewer rows, and the choice made at the most of them holds for all above.
+        known: Least times of earlier starts.
     """
     end_s = clock.now() + limit_s
     stopwatch = _Stopwatch(spec, threads, clock)
-    best: dict[int, tuple[float, float]] = {}
-    for round_number in range(ROUNDS):
-        last_s = 0.0
-        for rows in ROWS if round_number == 0 else tuple(best):
+    best = {} if known is None else dict(zip(known.rows, zip(known.native_s, known.torch_s, strict=True), strict=True))
+    num_wanted = QUIET_ROUNDS if known is None else 1
+    num_quiet, is_first, is_late = 0, True, False
+    while num_quiet < num_wanted and not is_late:
+        last_s, is_quiet = 0.0, True
+        for rows in ROWS if is_first else tuple(best):
             # Twice as many rows take at most twice as long; and what is new must be timed again, as must all before.
             expected_s = sum(best[rows]) if rows in best else 4 * last_s + sum(map(sum, best.values()))
             if clock.now() + expected_s > end_s:
+                is_late = not is_first
                 break
             taken = stopwatch.seconds(rows, native, plain)
             last_s = sum(taken)
-            before = best.get(rows, taken)
+            before = best.get(rows, (math.inf, math.inf))
             best[rows] = (min(taken[0], before[0]), min(taken[1], before[1]))
+            is_quiet &= all(now >= CLEARLY_SHORTER * least for now, least in zip(taken, before, strict=True))
+        num_quiet, is_first = num_quiet + 1 if is_quiet else 0, False
     stopwatch.close()
     return RowTable(
         rows=tuple(best),
@@ -228,13 +248,20 @@ class _Stopwatch:
         self._threads, self._clock = threads, clock
         self._torch_threads = torch.get_num_threads()
         self._arena = torch.zeros(
-            (blocks_for(ROWS[-1], _BLOCK_TOKENS), 1, 2, _BLOCK_TOKENS, spec.num_kv_heads, spec.head_dim),
+            (
+                blocks_for(ROWS[-1], _BLOCK_TOKENS),
+                len(spec.layers),
+                2,
+                _BLOCK_TOKENS,
+                spec.num_kv_heads,
+                spec.head_dim,
+            ),
             dtype=torch.bfloat16,
         )
         self._scratch = torch.zeros(_SETTLE_BYTES // 4)
 
     def seconds(self, rows: int, native: Computation, plain: Computation) -> tuple[float, float]:
-        # One layer would stay in the cache, unlike a model. And torch's helpers spin for 5 ms after their last work:
+        # A few layers may stay in the cache, unlike a model. And torch's helpers spin for 5 ms after their last work:
         # native steps of 0.5 ms took 5 on their cores (2-core Zen 3, 2026-11-21), so native comes first.
         torch.set_num_threads(1)
         self._scratch.sum()
