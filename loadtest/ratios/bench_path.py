@@ -21,9 +21,7 @@ from harness import compare, report
 from workloads import WORKLOADS, Ask, Workload
 
 from headrace.cli.layout import bundled_model
-from headrace.cli.policies import make_policies
 from headrace.cli.worker import build_engine, build_machine
-from headrace.clock import WallClock
 from headrace.core.request import SamplingParams, SequenceId, SequenceSpec
 from headrace.engine.engine import Engine
 from headrace.engine.messages import Admitted, Begin, Close, EngineEvent, Failed, Goal, Open, Sampled
@@ -84,8 +82,7 @@ class BareEngine:
 
     def _engine(self) -> Engine:
         """Return a new engine on the same machine: nothing is cached from the last run."""
-        policies = make_policies(self._config, self._machine.cost)
-        return build_engine(self._config, self._machine, policies, WallClock(), lambda _: None)
+        return build_engine(self._config, self._machine, lambda _: None)
 
     def _spec(self, ask: Ask, number: SequenceId) -> SequenceSpec:
         return SequenceSpec(

@@ -1,5 +1,7 @@
 import dataclasses
+import threading
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headrace.cli.policies import make_pack, make_policies, make_preempt, shape_context, shape_maker
-from headrace.cli.worker import build_machine, step_cost
+from headrace.cli.worker import build, build_machine, in_own_thread, step_cost
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
@@ -17,6 +19,7 @@ from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted, pr
 from headrace.engine.cores import Cores
 from headrace.engine.cost_file import CostFile, Instance
 from headrace.engine.packing import PaddedRows
+from headrace.engine.runner import ModelRunner
 from headrace.engine.scheduler import FirstComeFirstServed, WholeShape
 from headrace.errors import ConfigError
 from headrace.techniques.prepacking.bins import FirstFitDecreasing
@@ -24,6 +27,8 @@ from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.techniques.stream2llm.order import ClosedFirst, MostComputedFirst
 from headrace.testing.runner import FakeRunner
 from headrace.worker.config import Dtype, Pack, Preempt, StreamOrder, WorkerConfig, WorkerRole
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
 
 COST = CostModel(step_s=1e-2, prompt_s=1e-2, token_s=1e-3, pair_s=1e-7, decode_s=1e-3, context_s=1e-6)
 
@@ -95,8 +100,7 @@ def test_an_unsound_cost_swaps_nothing():
 
 
 def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path)
     config = WorkerConfig(name="w", role=WorkerRole.HYBRID, model=tmp_path, dtype=Dtype.INT4, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match="no quantised grid"):
         build_machine(config)
@@ -105,8 +109,7 @@ def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_only_auto_measures_which_path_is_faster(tmp_path, dtype, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path)
     config = WorkerConfig(
         name="w",
         role=WorkerRole.HYBRID,
@@ -119,6 +122,31 @@ def test_only_auto_measures_which_path_is_faster(tmp_path, dtype, monkeypatch):
     with nullcontext() if dtype not in {Dtype.INT4, Dtype.INT8} else pytest.raises(ConfigError):
         assert (build_machine(config).model.row_table is not None) is (dtype is Dtype.AUTO)
     assert dtype is Dtype.AUTO or not list(tmp_path.glob("rows-*"))
+
+
+async def test_all_that_computes_before_the_engine_does_so_in_a_thread_that_ends(tmp_path, monkeypatch):
+    """Its OpenMP threads would make those of the engine wait by sleeping: prompts took up to twice as long."""
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).save_pretrained(tmp_path)
+    config = WorkerConfig(
+        name="w", role=WorkerRole.HYBRID, model=tmp_path, cache_dir=tmp_path, kv_memory_bytes=8 << 20, calibrate_s=0.2
+    )
+    users = {}
+
+    def recorded(name, method):
+        def call(runner, *args):
+            users.setdefault(name, set()).add(threading.current_thread())
+            return method(runner, *args)
+
+        return call
+
+    for name in ("run", "read_blocks", "write_blocks"):
+        monkeypatch.setattr(ModelRunner, name, recorded(name, getattr(ModelRunner, name)))
+    _, engine = await in_own_thread(partial(build, config, lambda _: None))
+    assert engine.stats().total_blocks > 0
+    assert set(users) == {"run", "read_blocks", "write_blocks"}
+    (thread,) = set.union(*users.values())
+    thread.join(timeout=10.0)
+    assert not thread.is_alive()
 
 
 def test_varlen_packs_nothing():

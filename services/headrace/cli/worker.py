@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from headrace.cli.policies import Policies, check_policies, make_pack, make_policies
+from headrace.cli.policies import check_policies, make_pack, make_policies
 from headrace.clock import Clock, WallClock
 from headrace.core.block import blocks_for
 from headrace.core.cost import CostModel
@@ -62,6 +63,8 @@ from headrace.worker.pool_service import PoolServicer
 from headrace.worker.process import MemberParts, WorkerMember
 from headrace.worker.reads import Reads
 from headrace_kernels import native
+
+ResultT = TypeVar("ResultT")
 
 DRAIN_S = 10.0
 WATCH_INTERVAL_S = 0.5
@@ -188,6 +191,59 @@ def step_cost(  # noqa: PLR0913 a machine's parts
     return cost
 
 
+def build_engine(config: WorkerConfig, machine: Machine, on_cache_change: Callable[[CacheChange], None]) -> Engine:
+    """Return a new engine over all blocks of a machine.
+
+    Args:
+        config: Settings of the worker.
+        machine: What it computes with.
+        on_cache_change: Hears what came into and left the prefix cache, on the thread that steps the engine.
+    """
+    bounds = EngineConfig(
+        num_blocks=machine.arena.num_blocks - NUM_SCRATCH_BLOCKS,
+        token_budget=config.token_budget,
+        max_running=config.max_running,
+        fingerprint=machine.fingerprint,
+        cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
+        describes_stored=bool(config.vllm_events.endpoint),
+        num_swap_blocks=config.swap_memory_bytes // machine.arena.block_bytes,
+        stall_s=config.stall_s,
+    )
+    policies = make_policies(config, machine.cost)
+    return Engine(
+        machine.runner,
+        bounds,
+        order=policies.order,
+        shape=policies.shape,
+        preempt=policies.preempt,
+        clock=WallClock(),
+        on_cache_change=on_cache_change,
+    )
+
+
+def build(config: WorkerConfig, on_cache_change: Callable[[CacheChange], None]) -> tuple[Machine, Engine]:
+    """Do all that computes before the engine's first step; arguments and errors as of the two that it calls."""
+    machine = build_machine(config)
+    return machine, build_engine(config, machine, on_cache_change)
+
+
+class CacheChanges:
+    """Carries changes of the prefix cache from the engine's thread to the loop.
+
+    Attributes:
+        listener: Called on the loop; set before the engine starts.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.listener: Callable[[CacheChange], None] = lambda _: None
+
+    def __call__(self, change: CacheChange) -> None:
+        """Hand a change over; called on the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # The loop has closed: the process is leaving.
+            self._loop.call_soon_threadsafe(self.listener, change)
+
+
 async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport, epoch: str) -> None:
     """Run a worker until the process is asked to leave.
 
@@ -198,11 +254,13 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport
         epoch: Lifetime of this process.
     """
     check_policies(config)
-    machine = await _in_own_thread(partial(build_machine, config))
-    policies = make_policies(config, machine.cost)
+    changes = CacheChanges(asyncio.get_running_loop())
+    machine, engine = await in_own_thread(partial(build, config, changes))
+    thread = EngineThread(engine, WallClock(), machine.cores)
     async with Channels() as channels, asyncio.TaskGroup() as tasks:
         connector = NixlConnector(transport, _transfer_arena(machine.arena), epoch, WallClock())
-        parts = _assemble(config, machine, policies, connector, channels, tasks)
+        parts = _assemble(config, machine, thread, connector, channels, tasks)
+        changes.listener = parts.announcer.note
         member = WorkerMember(parts.member, parts.peers, parts.blocks, begin_drain=partial(lifecycle.stop, "drain"))
         server = _server(config, parts, member)
         await server.start()
@@ -227,11 +285,12 @@ async def serve(config: WorkerConfig, lifecycle: Lifecycle, transport: Transport
         await asyncio.to_thread(parts.thread.stop)
 
 
-async def _in_own_thread(work: Callable[[], Machine]) -> Machine:
+async def in_own_thread(work: Callable[[], ResultT]) -> ResultT:
     """Run in a thread that ends with its work, so that its OpenMP threads end too.
 
-    With more OpenMP threads than cores in a process, sleeping ones included, GNU OpenMP waits by
-    sleeping: a decode step took 54 instead of 39 ms (2-core Zen 3, bf16, 2026-11-21).
+    Every thread that computes with torch gets OpenMP threads of its own, and with more of them than cores in a
+    process, sleeping ones included, GNU OpenMP waits by sleeping: a decode step took 54 instead of 39 ms (2-core
+    Zen 3, bf16, 2026-11-21), 256 tokens of a prompt 165 instead of 90 (2-core Xeon, bf16, 2026-11-22).
     """
     thread = ThreadPoolExecutor(1)
     try:
@@ -258,14 +317,12 @@ class Parts:
 def _assemble(
     config: WorkerConfig,
     machine: Machine,
-    policies: Policies,
+    thread: EngineThread,
     connector: NixlConnector,
     channels: Channels,
     tasks: asyncio.TaskGroup,
 ) -> Parts:
     clock, epoch, loop = WallClock(), connector.pool.epoch, asyncio.get_running_loop()
-    changes = CacheChanges(loop)
-    thread = EngineThread(build_engine(config, machine, policies, clock, changes), clock, machine.cores)
     engine = AsyncEngine(thread, loop)
     member = MemberParts(
         config=config,
@@ -284,7 +341,6 @@ def _assemble(
     exchange = ExchangeParts(engine=engine, tasks=tasks, links=_links(member, peers, channels), digests=digests)
     blocks = BlockExchange(exchange, exchange_config(config, machine.cost))
     announcer = Announcer(digests, publications(config, epoch, machine.fingerprint, clock))
-    changes.listener = announcer.note
     blocks.fetcher.on_corrupt = announcer.note_corrupt
     prefill = PrefillParts(
         engine=engine,
@@ -366,52 +422,6 @@ def _pool_servicer(parts: Parts) -> PoolServicer:
     member = parts.member
     reads = Reads(member.engine, member.clock, member.epoch, lambda: secrets.token_hex(16))
     return PoolServicer(reads, member, parts.digests, parts.announcer.note_corrupt)
-
-
-class CacheChanges:
-    """Carries changes of the prefix cache from the engine's thread to the loop.
-
-    Attributes:
-        listener: Called on the loop; set before the engine starts.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.listener: Callable[[CacheChange], None] = lambda _: None
-
-    def __call__(self, change: CacheChange) -> None:
-        """Hand a change over; called on the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # The loop has closed: the process is leaving.
-            self._loop.call_soon_threadsafe(self.listener, change)
-
-
-def build_engine(
-    config: WorkerConfig,
-    machine: Machine,
-    policies: Policies,
-    clock: Clock,
-    on_cache_change: Callable[[CacheChange], None],
-) -> Engine:
-    """Return a new engine over all blocks of a machine."""
-    bounds = EngineConfig(
-        num_blocks=machine.arena.num_blocks - NUM_SCRATCH_BLOCKS,
-        token_budget=config.token_budget,
-        max_running=config.max_running,
-        fingerprint=machine.fingerprint,
-        cost=machine.cost if machine.cost is not None and machine.cost.is_sound else None,
-        describes_stored=bool(config.vllm_events.endpoint),
-        num_swap_blocks=config.swap_memory_bytes // machine.arena.block_bytes,
-        stall_s=config.stall_s,
-    )
-    return Engine(
-        machine.runner,
-        bounds,
-        order=policies.order,
-        shape=policies.shape,
-        preempt=policies.preempt,
-        clock=clock,
-        on_cache_change=on_cache_change,
-    )
 
 
 def _transfer_arena(arena: KvArena) -> Arena:
