@@ -111,6 +111,39 @@ async def test_kv_is_with_the_decode_worker_before_the_context_is_closed(tmp_pat
         await fleet.at_rest()
 
 
+@pytest.mark.parametrize(("keep", "num_pushed"), [(21, 5), (17, 4), (14, 3), (0, 3)])
+async def test_what_a_revision_leaves_of_an_earlier_version_is_pushed(tmp_path, roles, prompt_of, keep, num_pushed):
+    """Pieces that come faster than they are computed must not put off the pushing until the end."""
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        prefill, decode, written = fleet.workers["p0"], fleet.workers["d0"], []
+        write = prefill.connector.write
+
+        async def count(agent, local_ids, *rest):
+            written.append(len(local_ids))
+            await write(agent, local_ids, *rest)
+
+        prefill.connector.write = count
+        held = fleet.hold_at("p0 Progress", 2)  # A step has 8 tokens.
+        stream = Stream(fleet, prompt_of(1, 13))
+        await held.wait()
+        await fleet.until(lambda: sum(written) == 3, "the first version is not pushed")
+        stream.revise(prompt_of(2, 8))
+        await fleet.until(lambda: decode.engine.stats().leased_blocks == 6, "no blocks for the second version")
+        stream.revise(prompt_of(3, 8 + 21 - keep), keep=keep)
+        await fleet.until(lambda: decode.engine.stats().leased_blocks == 8, "no blocks for the third version")
+        await asyncio.sleep(0.05)
+        held = fleet.hold_at("p0 Progress", 1)
+        prefill.runner.gate.set()
+        await held.wait()
+        await fleet.until(lambda: sum(written) >= num_pushed, "not pushed while the next step computes")
+        await asyncio.sleep(0.05)
+        assert sum(written) == num_pushed
+        prefill.runner.gate.set()
+        stream.revise((5,), is_closed=True)
+        assert await stream.answer() == await one_shot(fleet, stream.prompt)
+        await fleet.at_rest()
+
+
 async def test_what_an_update_changes_is_pushed_again_and_nothing_else(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
         written = []

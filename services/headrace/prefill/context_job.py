@@ -231,7 +231,7 @@ class ContextJob:
         return is_current and progress.num_computed == len(prompt.tokens)
 
     async def _push_some(self, sequence: OpenSequence) -> None:
-        """Push what is complete, if the target has blocks for this version of the prompt."""
+        """Push what is complete, as far as the target has blocks."""
         if self._wanted is not self._begun:
             self._leave("another target")
             await self._begin()
@@ -251,14 +251,24 @@ class ContextJob:
             self._num_pushed = self._num_valid
 
     def _next_push(self, delivery: Delivery) -> tuple[int, tuple[BlockId, ...]] | None:
-        """Return the first block to push and all that go with it, or None."""
-        progress = self._progress
-        if progress is None or not progress.version == self._prompt.version == delivery.target.version:
+        """Return the first block to push and all that go with it, or None.
+
+        Pieces come faster than they are computed: what was told of an earlier version is pushed too, as far as this
+        one begins with it. The part of a last block goes only when nothing more will come.
+        """
+        progress, prompt = self._progress, self._prompt
+        is_lost = self._num_pushed < delivery.target.cached_tokens // self._parts.block_tokens
+        # A revision into blocks that the decode worker shares with others: it will name new ones.
+        if progress is None or is_lost:
             return None
-        # Blocks of a longer version may be there and full: only as many as the prompt has now may be pushed.
-        is_last = self._first is not None
-        push = next_push(self._num_pushed, progress.num_computed, self._parts.block_tokens, is_last=is_last)
-        return None if push is None else (push.start, progress.block_ids[push.start : push.end])
+        is_current = progress.version == prompt.version == delivery.target.version
+        num_tokens = prompt.still(progress.version, progress.num_computed)
+        is_last = is_current and self._first is not None
+        push = next_push(self._num_pushed, num_tokens, self._parts.block_tokens, is_last=is_last)
+        if push is None:
+            return None
+        blocks = progress.block_ids[push.start : min(push.end, len(delivery.target.lease.block_ids))]
+        return (push.start, blocks) if blocks else None
 
     async def _begin(self) -> None:
         delivery = self._wanted

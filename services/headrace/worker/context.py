@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 
+from headrace.core.kept_since import KeptSince
 from headrace.core.request import Revision, SequenceSpec
 from headrace.errors import Cancelled, HeadraceError, InvalidRequest
 from headrace.worker.engine import OpenSequence
@@ -28,6 +29,7 @@ class ArrivingPrompt:
         self.is_closed = False
         self.least_kept = sys.maxsize
         self._tokens = list(spec.prompt)
+        self._kept = KeptSince()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -50,6 +52,11 @@ class ArrivingPrompt:
         self._tokens.extend(revision.tokens)
         self.version, self.is_closed = revision.version, revision.is_closed
         self.least_kept = min(self.least_kept, revision.num_kept)
+        self._kept.revise(revision.num_kept)
+
+    def still(self, version: int, num_tokens: int) -> int:
+        """Return how many of the leading tokens of an earlier version, or of this one, are leading ones of it now."""
+        return self._kept.still(version, num_tokens)
 
 
 def not_opened() -> InvalidRequest:
