@@ -15,6 +15,7 @@ from headrace.engine.models.gguf import GgufFile
 from headrace.engine.models.loader import Model
 from headrace.engine.models.native import NativeDecoder
 from headrace.engine.models.row_paths import (
+    CLEARLY_FASTER,
     CLEARLY_SHORTER,
     LEAST_KEPT,
     MARGIN,
@@ -46,10 +47,11 @@ def table_of(gains):
     [
         ([], None),
         ([0.5, 0.9, 1.1, 1.4], None),
-        ([0.5, 0.9, 1.1, MARGIN], 8),
+        ([0.5, 0.9, 1.0, MARGIN], 8),
         ([0.5, 1.6, 2.0, 3.0], 2),
         ([2.0, 2.0, 2.0, 2.0], 1),
-        ([0.5, 2.0, 1.2, 3.0], 8),
+        ([0.5, 2.0, 1.0, 3.0], 8),
+        ([0.5, 2.0, CLEARLY_FASTER, 3.0], 2),
         ([0.5, 2.0, 3.0, 1.2], None),
         ([2.9, 0.5, 0.9, 1.6], 8),
     ],

@@ -26,12 +26,15 @@ ROWS = tuple(2**power for power in range(10))
 """Numbers of rows that are measured, 1 to 512."""
 
 MARGIN = 1.5
-"""How many times faster torch must be: a second copy of the weights has to pay, and two timings are noisy.
+"""How many times faster torch must be where it is most so: a second copy of the weights has to pay.
 
 A layer of SmolLM2 with bf16 weights took the kernels 0.8 to 1.1 times as long as torch for 512 rows, 1.28 times in one
 of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-21). Products in bf16 instructions are
 several times faster.
 """
+
+CLEARLY_FASTER = 1.1
+"""How many times faster torch must be to take a step, once its weights are there: two timings are noisy."""
 
 QUIET_ROUNDS = 3
 """Rounds in a row that must find no time clearly shorter before a first table is believed.
@@ -87,10 +90,13 @@ class RowTable:
 
     @property
     def torch_from(self) -> int | None:
-        """Least number of rows from which on torch is clearly faster wherever it was measured; None without one."""
+        """Least number of rows from which on torch is clearly faster wherever it was measured.
+
+        None without one, or if the most rows do not gain enough for a second copy of the weights.
+        """
         found = None
         for rows, gain in zip(reversed(self.rows), reversed(self.gains), strict=True):
-            if gain < MARGIN:
+            if gain < (MARGIN if found is None else CLEARLY_FASTER):
                 break
             found = rows
         return found
