@@ -25,8 +25,8 @@ from headrace.testing.cluster import LocalCluster
 
 MOST_TOKENS = 2000
 OPTIONS: GenerateOptions = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
-LOADS = {"half of the load": 0.25, "saturated": 50.0}
-"""Contexts that begin per second: 2,000 tokens take 1.3 to 2 s of two cores."""
+LOADS = {"half of the load": 0.5, "saturated": 50.0}
+"""Contexts that begin per second: 2,000 tokens and an answer take about 1 s of two cores."""
 
 
 class Load:

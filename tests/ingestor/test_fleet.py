@@ -7,6 +7,8 @@ import random
 import pytest
 
 from headrace import AsyncClient
+from headrace.engine.sequence import Sequence
+from headrace.engine.swap import HostSwap
 from headrace.testing.fleet import open_fleet
 from headrace.testing.ingestor import open_ingestor, serve_frontend
 from headrace.worker.config import WorkerRole
@@ -73,16 +75,18 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def open_cluster(folder, names, cuts):
-    async with open_fleet(folder, {name: ROLES[name[0]] for name in names.split()}, num_blocks=64) as fleet:
+async def open_cluster(folder, names, cuts, num_blocks=64, **shape):
+    roles = {name: ROLES[name[0]] for name in names.split()}
+    async with open_fleet(folder, roles, num_blocks=num_blocks, **shape) as fleet:
         async with contextlib.AsyncExitStack() as stack:
             yield await Cluster(stack, fleet).start(cuts)
 
 
 class Script:
-    """One context that grows, changes and waits in random order."""
+    """One context that grows, changes and waits in random order, once in a while for `stall_s`."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, stall_s=0.0):
+        self.stall_s = stall_s
         self.rng = random.Random(seed)
         self.mode = self.rng.choice(["append", "update"])
         self.prefix = self.rng.choice(["", "Before it. "])
@@ -108,6 +112,8 @@ class Script:
                 await self._change(context)
                 if self.rng.random() < 0.5:
                     await asyncio.sleep(self.rng.random() / 20)
+                if self.rng.random() < 0.2:
+                    await asyncio.sleep(self.stall_s)
             stream, tokens = context.close(self.query), []
             async for piece in stream:
                 tokens += [token.token_id for token in piece.tokens]
@@ -152,8 +158,8 @@ async def disturb(cluster, rng, is_over):
                 await cluster.restart_worker(rng.choice(list(cluster.fleet.workers)))
 
 
-async def check(cluster, seed, num_contexts, *, is_disturbed):
-    scripts = [Script(1000 * seed + number) for number in range(num_contexts)]
+async def check(cluster, seed, num_contexts, *, is_disturbed, stall_s=0.0):
+    scripts = [Script(1000 * seed + number, stall_s) for number in range(num_contexts)]
     is_over = asyncio.Event()
     async with asyncio.timeout(60.0), asyncio.TaskGroup() as tasks:
         if is_disturbed:
@@ -178,3 +184,30 @@ async def test_a_context_has_the_tokens_of_one_request(tmp_path, cuts, names):
 async def test_whatever_breaks_a_context_has_the_tokens_of_one_request(tmp_path, cuts, names, seed):
     async with open_cluster(tmp_path, names, cuts) as cluster:
         await check(cluster, seed, 4, is_disturbed=True)
+
+
+class Counted:
+    """Counts the calls of a method of a class, on all of its objects."""
+
+    def __init__(self, monkeypatch, owner, name):
+        self.num_calls, method = 0, getattr(owner, name)
+
+        def call(this, *args):
+            self.num_calls += 1
+            return method(this, *args)
+
+        monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("names", CLUSTERS)
+@pytest.mark.parametrize("is_disturbed", [False, True])
+async def test_contexts_that_stall_and_compete_for_blocks_have_them_too(
+    tmp_path, cuts, monkeypatch, names, is_disturbed
+):
+    """A pool for two or three of eight: blocks are given up, in part with a copy, and come back."""
+    evictions, saves = Counted(monkeypatch, Sequence, "lose_blocks"), Counted(monkeypatch, HostSwap, "save")
+    shape = {"num_blocks": 36, "num_swap_blocks": 16, "stall_s": 0.03}
+    async with open_cluster(tmp_path, names, cuts, **shape) as cluster:
+        for seed in range(2):
+            await check(cluster, 10 + seed, 8, is_disturbed=is_disturbed, stall_s=0.1)
+    assert 0 < saves.num_calls < evictions.num_calls

@@ -46,6 +46,7 @@ from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import RouterMetrics
 from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.techniques.stream2llm.order import make_order
+from headrace.techniques.stream2llm.preempt import SwapAlways
 from headrace.testing.connector import Fabric, FakeConnector
 from headrace.testing.kvstore import fake_kvstore, serve_kvstore
 from headrace.testing.lane import FaultyLane
@@ -163,13 +164,21 @@ class FleetWorker:
         self._fabric, clock, tasks = fleet.fabric, fleet.clock, fleet.tasks
         self._channels = Channels()
         self.runner = ArenaRunner(num_blocks)
-        bounds = EngineConfig(num_blocks=num_blocks, token_budget=8, max_running=32, fingerprint=FINGERPRINT)
+        bounds = EngineConfig(
+            num_blocks=num_blocks,
+            token_budget=8,
+            max_running=32,
+            fingerprint=FINGERPRINT,
+            num_swap_blocks=fleet.shape.num_swap_blocks,
+            stall_s=fleet.shape.stall_s,
+        )
         self.thread = EngineThread(
             Engine(
                 self.runner,
                 bounds,
                 order=make_order("fcfs"),
                 shape=ChunkedShape(),
+                preempt=SwapAlways(),
                 clock=clock,
                 on_cache_change=self._note_change,
             ),
@@ -296,6 +305,8 @@ class FleetShape:
         cost: What steps cost, for the choice between fetching and computing; None fetches all.
         max_live: Admission bound of the router.
         num_blocks: Size of each worker's pool.
+        num_swap_blocks: Blocks of preempted sequences that each keeps; the KV of the others is computed again.
+        stall_s: Silence after which an open prompt has stalled.
         transfer_deadline_s: Patience of a push.
         canary_interval_s: Longest age of the router's last token before it sends a canary.
         direct: Whether the router reaches workers without a lane between, for measurements.
@@ -307,6 +318,8 @@ class FleetShape:
     cost: CostModel | None = None
     max_live: int = 256
     num_blocks: int = 64
+    num_swap_blocks: int = 0
+    stall_s: float = 1.0
     transfer_deadline_s: float = 5.0
     canary_interval_s: float = 15.0
     direct: bool = False
