@@ -258,6 +258,21 @@ def test_one_that_has_lost_its_blocks_asks_for_none_before_it_is_revised(make_cl
     assert client.progress(stream) == [40, 41]
 
 
+def test_one_that_lost_its_blocks_in_the_middle_gets_them_back_however_long_that_takes(make_client, prompt_of):
+    """Its owner may wait for what it has sent to be computed before it sends more."""
+    client = make_client(num_blocks=12, order=FCFS, budget=8)
+    stream = client.open(prompt_of(1, 41), is_open=True)
+    client.steps(3)
+    assert 0 < client.progress(stream)[-1] < 40
+    asker = client.open(prompt_of(2, 40), max_tokens=4, ignore_eos=True)
+    client.steps(1)
+    assert client.engine.stats().num_preemptions == 1
+    client.clock.advance(2.0)
+    client.steps()
+    assert len(client.tokens(asker)) == 4
+    assert client.progress(stream)[-1] == 40
+
+
 def test_a_sequence_whose_blocks_are_being_read_keeps_them(make_client, prompt_of):
     client = make_client(num_blocks=12, order=FCFS)
     stream = fill(client, prompt_of, 41, goal=Goal.FIRST_TOKEN)

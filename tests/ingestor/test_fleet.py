@@ -204,10 +204,10 @@ class Counted:
 async def test_contexts_that_stall_and_compete_for_blocks_have_them_too(
     tmp_path, cuts, monkeypatch, names, is_disturbed
 ):
-    """A pool for two or three of eight: blocks are given up, in part with a copy, and come back."""
+    """A pool for two or three of sixteen: blocks are given up, with a copy and without, and come back."""
     evictions, saves = Counted(monkeypatch, Sequence, "lose_blocks"), Counted(monkeypatch, HostSwap, "save")
-    shape = {"num_blocks": 36, "num_swap_blocks": 16, "stall_s": 0.03}
+    shape = {"num_blocks": 36, "num_swap_blocks": 12, "stall_s": 0.03}
     async with open_cluster(tmp_path, names, cuts, **shape) as cluster:
         for seed in range(2):
-            await check(cluster, 10 + seed, 8, is_disturbed=is_disturbed, stall_s=0.1)
+            await check(cluster, 10 + seed, 16, is_disturbed=is_disturbed, stall_s=0.1)
     assert 0 < saves.num_calls < evictions.num_calls

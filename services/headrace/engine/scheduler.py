@@ -182,8 +182,9 @@ def _admit(
     """Admit in rank order; the first that does not fit holds back the rest, so that nobody starves.
 
     Whoever can share blocks that are on their way waits for them, and holds back nobody. An open sequence that has
-    stalled and lost its blocks asks for none before it hears of its prompt again. A held one that needs more blocks
-    gets them or gives up those that it has: it must not wait with blocks for which others wait.
+    stalled and lost its blocks asks for none before it hears of its prompt again: all of it was computed once. A held
+    one that needs more blocks gets them or gives up those that it has: it must not wait with blocks for which others
+    wait.
     """
     coming = [sequence for sequence in ranked if sequence.is_running or sequence.is_held]
     found = _Admission(available=available, num_holding=len(coming) + view.num_done)

@@ -129,8 +129,8 @@ class _Views:
     def _is_stalled(self, sequence: Sequence) -> bool:
         match sequence.state:
             case State.WAITING:
-                # Who never had blocks has stalled nobody.
-                is_quiet = sequence.has_begun
+                # Who lost its blocks before all was computed, or has heard of its prompt since, still needs them.
+                is_quiet = sequence.resting_version == sequence.version
             case State.HELD:
                 is_quiet = sequence.arrives_whole
             case _:
