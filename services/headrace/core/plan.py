@@ -99,7 +99,7 @@ class SequenceView:
         is_running: Whether it takes part in steps; the others wait for blocks.
         is_extending: Whether it is held and needs blocks for tokens that it was given later.
         is_open: Whether its prompt may still grow or change: no token is sampled from it.
-        is_stalled: Whether it is open, has been computed as far as it is known, and has not heard of it for long.
+        is_stalled: Whether it is open and has not heard of its prompt for long, and nothing of that is left to do here.
         revised_s: When its prompt last grew or changed, on the engine's clock.
         kept_share: Share of its computed tokens that survived its revisions, by experience.
         can_evict: Whether it may be preempted (a sequence whose KV is being pushed may not).

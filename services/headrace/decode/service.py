@@ -1,5 +1,6 @@
 """DecodeService on the wire: translates and decides nothing."""
 
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -13,6 +14,8 @@ from headrace.decode.reservations import Origin, Reused
 from headrace.errors import InvalidRequest
 from headrace.v1 import block_pb2, decode_pb2, decode_pb2_grpc, generate_pb2, prefill_pb2
 from headrace.worker.context import not_opened
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -81,6 +84,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         reservations = self._parts.reservations
         origin = Origin(address=request.writer_address, epoch=request.writer_epoch)
         is_known = not origin.address or await reservations.meet(origin)
+        if not is_known:
+            logger.warning("writer refused: it does not answer at its address", extra={"address": origin.address})
         is_accepted = is_known and reservations.begin_write(request.lease_id, request.epoch, request.writer_id, origin)
         return decode_pb2.BeginWriteResponse(is_accepted=is_accepted)
 

@@ -53,7 +53,7 @@ class Sequence:
         stale_writers: Holds on blocks that a revision gave up while a transfer may still read them.
         is_extending: Whether it is held and has not been given the blocks of its last version.
         saved: Its KV in host memory, after it lost its blocks.
-        resting_version: Version that was computed when it lost its blocks, if that was so.
+        resting_version: Last version that was computed when it lost its blocks; None if none was.
     """
 
     spec: SequenceSpec
@@ -141,7 +141,8 @@ class Sequence:
 
     def lose_blocks(self) -> None:
         """Forget the blocks; all tokens are computed again."""
-        self.resting_version = self.version if self.is_idle else None
+        if self.is_idle:
+            self.resting_version = self.version
         self.blocks.clear()
         self.place(0)
         self.num_named = 0

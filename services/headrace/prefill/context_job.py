@@ -257,9 +257,7 @@ class ContextJob:
         one begins with it. The part of a last block goes only when nothing more will come.
         """
         progress, prompt = self._progress, self._prompt
-        is_lost = self._num_pushed < delivery.target.cached_tokens // self._parts.block_tokens
-        # A revision into blocks that the decode worker shares with others: it will name new ones.
-        if progress is None or is_lost:
+        if progress is None or self._is_lost(delivery.target):
             return None
         is_current = progress.version == prompt.version == delivery.target.version
         num_tokens = prompt.still(progress.version, progress.num_computed)
@@ -269,6 +267,13 @@ class ContextJob:
             return None
         blocks = progress.block_ids[push.start : min(push.end, len(delivery.target.lease.block_ids))]
         return (push.start, blocks) if blocks else None
+
+    def _is_lost(self, target: prefill_pb2.PrefillTarget) -> bool:
+        """Return whether a revision reaches into blocks that the decode worker shares: it will name new ones."""
+        num_cached = target.cached_tokens
+        if target.version <= self._prompt.version and self._prompt.still(target.version, num_cached) < num_cached:
+            return True
+        return self._num_pushed < num_cached // self._parts.block_tokens
 
     async def _begin(self) -> None:
         delivery = self._wanted
