@@ -19,17 +19,20 @@ class ArrivingPrompt:
         spec: The sequence as it was opened.
 
     Attributes:
-        version: Of the prompt.
         is_closed: Whether it is complete.
         least_kept: Leading tokens that every revision has kept.
     """
 
     def __init__(self, spec: SequenceSpec) -> None:
-        self.version = 0
         self.is_closed = False
         self.least_kept = sys.maxsize
         self._tokens = list(spec.prompt)
         self._kept = KeptSince()
+
+    @property
+    def version(self) -> int:
+        """Version of the prompt: revisions so far."""
+        return self._kept.version
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -50,7 +53,7 @@ class ArrivingPrompt:
             )
         del self._tokens[revision.num_kept :]
         self._tokens.extend(revision.tokens)
-        self.version, self.is_closed = revision.version, revision.is_closed
+        self.is_closed = revision.is_closed
         self.least_kept = min(self.least_kept, revision.num_kept)
         self._kept.revise(revision.num_kept)
 

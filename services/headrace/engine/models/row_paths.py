@@ -26,7 +26,7 @@ ROWS = tuple(2**power for power in range(10))
 """Numbers of rows that are measured, 1 to 512."""
 
 MARGIN = 1.5
-"""How many times faster torch must be where it is most so: a second copy of the weights has to pay.
+"""How many times faster torch must be for the most rows: a second copy of the weights has to pay.
 
 A layer of SmolLM2 with bf16 weights took the kernels 0.8 to 1.1 times as long as torch for 512 rows, 1.28 times in one
 of ten tables; up to 1.6 for 64 to 256 (2-core Zen 3 beside other work, 2026-11-21). Products in bf16 instructions are
@@ -47,7 +47,7 @@ CLEARLY_SHORTER = 0.95
 """Share of the least time so far below which a time is clearly shorter."""
 
 LIMIT_S = 2.0
-"""Longest time of measuring; SmolLM2 takes 1 s where nothing else runs (2-core Zen 3)."""
+"""Longest time of measuring; a first start with SmolLM2 takes all of it, later ones 0.3 s (quiet 2-core Xeon)."""
 
 LEAST_KEPT = 64
 """Rows that a table must reach to be kept: a large model gets no further, a busy machine hardly as far."""
