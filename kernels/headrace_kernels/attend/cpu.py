@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import cast
 
 import torch
+from torch.nn import functional
 
 from headrace_kernels.attend import reference
 from headrace_kernels.attend.merge import merge_attention_states
@@ -19,6 +20,12 @@ from headrace_kernels.attend.plan import AttendPlan, Scoring, visible_keys
 # (a batch costs about as much as 4 blocks of padding, Zen 3, 2 threads, 2026-11-21).
 _PADDING_RATIO = 1.25
 _PADDING_BLOCKS = 4
+
+# With bf16 instructions torch compiles the fused kernel for every number of queries and keys that it meets, modulo its
+# tiles, and keeps all of them for as long as the thread lives: 0.5 MB and 3 ms for each new pair (torch 2.13, 2-core
+# Xeon, 2026-11-22). So chunks come in few sizes.
+_QUERY_STEP = 16
+_KEY_STEP = 64
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _HAS_NATIVE_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -85,15 +92,14 @@ class _Part:
         """Attend for the rows of this part, `q: [rows, heads, dim]`."""
         keys, values = self._gather(kv_view)
         window = scoring.window if scoring.window is not None and scoring.window < self._length else None
-        num_past = self._length - self._num_queries
-        if self._num_queries > 1 and num_past and window is None and self._key_positions is None:
-            o, lse = _attend_last(q.to(keys.dtype), keys, values, num_past, scoring.scale)
+        if self._num_queries > 1 and window is None and self._key_positions is None:
+            o, lse = _attend_last(q.to(keys.dtype), keys, values, scoring.scale)
             return o.to(q.dtype), lse
         mask_key = (window, scoring.sinks, keys.dtype)
         if mask_key not in self._masks:
             self._masks[mask_key] = self._mask(scoring, keys.dtype)
         mask = self._masks[mask_key]
-        run = _attend_chunk if self._num_queries > 1 else _attend_rows
+        run = _attend_masked if self._num_queries > 1 else _attend_rows
         o, lse = run(q.to(keys.dtype), keys, values, mask, scoring.scale)
         if self._key_positions is not None and mask is not None:
             blind = mask.isneginf().all(dim=-1).view(-1, 1)
@@ -167,6 +173,59 @@ def _matmul_rows(
     return torch.matmul(weights, values), lse
 
 
+def _attend_masked(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `_attend_chunk`, in one of few sizes."""
+    if mask is None:
+        return _attend_last(q, keys, values, scale)
+    spare_keys = -keys.shape[1] % _KEY_STEP
+    mask = functional.pad(mask, (0, spare_keys), value=-torch.inf)
+    mask = functional.pad(mask, (0, 0, 0, -q.shape[0] % _QUERY_STEP))
+    keys, values = (_with_rows(part, 1, 0, spare_keys) for part in (keys, values))
+    o, lse = _attend_chunk(_with_rows(q, 0, 0, mask.shape[2] - q.shape[0]), keys, values, mask, scale)
+    return o[: q.shape[0]], lse[: q.shape[0]]
+
+
+def _attend_last(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `_attend_chunk` with the last entries of a sequence as queries, in order.
+
+    The entries before them are seen by all, so no mask is read and none of its scores is computed for nothing, and
+    the heads that share keys are rows of one: 512 tokens after 3,584 take 6.5 instead of 8.6 ms a layer of SmolLM2
+    (bf16, 2-core Xeon, 2026-11-22). What is over of a multiple of `_KEY_STEP` goes with the queries' own entries.
+    """
+    num_before = (keys.shape[1] - q.shape[0]) // _KEY_STEP * _KEY_STEP
+    own = _attend_own(q, keys[:, num_before:], values[:, num_before:], scale)
+    if not num_before:
+        return own
+    tokens, heads, dim = q.shape
+    kv_heads = keys.shape[2]
+    padded = _with_rows(q, 0, 0, -tokens % _QUERY_STEP)
+    rows = padded.view(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3).reshape(kv_heads, 1, -1, dim)
+    before = (part[:, :num_before].permute(2, 0, 1, 3) for part in (keys, values))
+    o, lse = _fused(rows, *before, 0.0, False, attn_mask=None, scale=scale)
+    o = o.view(kv_heads, -1, padded.shape[0], dim).permute(2, 0, 1, 3).reshape(-1, heads, dim)
+    lse = lse.view(kv_heads, -1, padded.shape[0]).permute(2, 0, 1).reshape(-1, heads)
+    return merge_attention_states(o[:tokens], lse[:tokens], *own)
+
+
+def _attend_own(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as `_attend_last` by the causal triangle alone: as many queries as keys, where nobody asks for the rest.
+
+    The few sizes within one step stay as they are.
+    """
+    tokens, entries = q.shape[0], keys.shape[1]
+    spare = -entries % _KEY_STEP if entries > _KEY_STEP else 0
+    square = _with_rows(q, 0, entries - tokens, spare)
+    keys, values = (_with_rows(part, 1, 0, spare) for part in (keys, values))
+    o, lse = _attend_chunk(square, keys, values, None, scale)
+    return o[entries - tokens : entries], lse[entries - tokens : entries]
+
+
 def _attend_chunk(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,23 +245,11 @@ def _attend_chunk(
     return o.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(tokens, heads)
 
 
-def _attend_last(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, num_past: int, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend as `_attend_chunk` with the last entries of a sequence as queries, in order.
-
-    The entries before them are seen by all, so no mask is read and none of its scores is computed for nothing, and
-    the heads that share keys are rows of one: 512 tokens after 3,584 take 6.5 instead of 8.6 ms a layer of SmolLM2
-    (bf16, 2-core Xeon, 2026-11-22).
-    """
-    tokens, heads, dim = q.shape
-    kv_heads = keys.shape[2]
-    rows = q.view(tokens, kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(kv_heads, 1, -1, dim)
-    past = (part[:, :num_past].permute(2, 0, 1, 3) for part in (keys, values))
-    o, lse = _fused(rows, *past, 0.0, False, attn_mask=None, scale=scale)
-    o = o.view(kv_heads, -1, tokens, dim).permute(2, 0, 1, 3).reshape(q.shape)
-    lse = lse.view(kv_heads, -1, tokens).permute(2, 0, 1).reshape(tokens, heads)
-    return merge_attention_states(o, lse, *_attend_chunk(q, keys[:, num_past:], values[:, num_past:], None, scale))
+def _with_rows(x: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
+    """Return `x` with rows of zeros along an axis; itself if there are none."""
+    if not before and not behind:
+        return x
+    return functional.pad(x, (0, 0) * (x.dim() - 1 - axis) + (before, behind))
 
 
 def _parts(q_positions: torch.Tensor, plan: AttendPlan, block_tokens: int) -> list[_Part]:

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from headrace.cli.imports import collector_off
+from headrace.runtime.heap import share_one_heap
 from headrace.runtime.lifecycle import Lifecycle, run_service
 from headrace.runtime.logs import setup_logs
 from headrace.settings import ServeArgs
@@ -21,6 +22,7 @@ def run(args: ServeArgs) -> int:
     if args.print_config:
         sys.stdout.write(loaded.describe() + "\n")
         return 0
+    share_one_heap()
     config = loaded.value
     setup_logs(sys.stderr, name=config.name, role=config.role.value)
     logger.info("configuration", extra={"settings": loaded.describe()})

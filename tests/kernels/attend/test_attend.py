@@ -109,6 +109,31 @@ def test_the_path_of_bf16_instructions_equals_the_reference_on_any_cpu(name, dty
     check(build(SHAPES[name], 9, 3, dtype), Scoring(scale=32**-0.5), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entries", [64, 65, 127, 128, 129, 400])
+@pytest.mark.parametrize("queries", [2, 16, 17, 63, 64])
+def test_a_chunk_after_any_number_of_entries_equals_the_reference(queries, entries, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "_HAS_NATIVE_BF16", True)
+    check(build([(queries, entries)], 9, 3, dtype), Scoring(scale=32**-0.5), dtype)
+    check(build([(queries, entries)], 9, 3, dtype), Scoring(scale=32**-0.5, window=50, sinks=3), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_chunks_of_any_size_reach_the_fused_kernel_in_few_sizes(window, monkeypatch):
+    fused, sizes = cpu._fused, set()
+
+    def record(q, keys, *rest, **named):
+        sizes.add((q.shape[2], keys.shape[2]))
+        return fused(q, keys, *rest, **named)
+
+    monkeypatch.setattr(cpu, "_fused", record)
+    generator = torch.Generator().manual_seed(0)
+    for queries in torch.randint(65, 300, (40,), generator=generator).tolist():
+        entries = queries + int(torch.randint(0, 600, (), generator=generator))
+        check(build([(queries, entries)], 3, 1, torch.float32), Scoring(scale=0.2, window=window), torch.float32)
+    assert all(rows % 16 == 0 and keys % 64 == 0 for rows, keys in sizes)
+
+
 def test_layers_of_one_step_share_a_plan_but_not_their_rules():
     case = build(SHAPES["mixed"], 6, 2, torch.float32)
     for window in (None, 7, 30, None):
