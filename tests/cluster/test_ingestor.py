@@ -124,6 +124,34 @@ def test_a_context_outlives_the_death_of_a_process_on_its_way(start_cluster, vic
     cluster.wait_quiet()
 
 
+@pytest.mark.parametrize("victim", ["router", "prefill-0", "decode-0"])
+def test_an_answer_outlives_the_death_of_a_process_on_its_way(start_cluster, victim):
+    """With the settings that everybody has."""
+    cluster = start_cluster("prefill=1,decode=1", "fp32")
+    cluster.wait_connected()
+    long = GREEDY | {"max_tokens": 64}
+
+    async def stream():
+        async with AsyncClient(cluster.grpc) as client:
+            async with client.context(**long) as context:
+                await context.append(TEXT[:2000])
+                pieces = context.close(" What?")
+                num_pieces = 0
+                async for _ in pieces:
+                    num_pieces += 1
+                    if num_pieces == 10:
+                        old = cluster.kill(victim, signal.SIGKILL)
+                answered = (await pieces.answer()).token_ids
+            await asyncio.to_thread(cluster.wait_restarted, victim, old)
+            await asyncio.to_thread(cluster.wait_connected)
+            whole = await client.generate(TEXT[:2000] + " What?", **long)
+            return answered, whole.token_ids
+
+    answered, expected = asyncio.run(stream())
+    assert answered == expected
+    cluster.wait_quiet()
+
+
 def test_the_death_of_its_ingestor_ends_a_context_with_a_typed_error_and_frees_all(start_cluster):
     cluster = start_cluster("prefill=1,decode=1", "fp32", *QUICK)
     cluster.wait_connected()
