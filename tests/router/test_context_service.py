@@ -9,7 +9,15 @@ import pytest
 
 from headrace.clock import VirtualClock
 from headrace.core.request import ContextProgress, GenerationRequest, Piece, RequestId, Revision, SamplingParams
-from headrace.errors import DeadlineExceeded, Draining, HeadraceError, InvalidRequest, Saturated, UnknownModel
+from headrace.errors import (
+    DeadlineExceeded,
+    Draining,
+    HeadraceError,
+    InvalidRequest,
+    Overloaded,
+    Saturated,
+    UnknownModel,
+)
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import ServedModel
 from headrace.router.service import RouterServicer
@@ -207,6 +215,40 @@ async def test_there_are_only_so_many_contexts(tmp_path, roles, prompt_of):
         closed = one_by_one(Revision(version=1, num_kept=9, is_closed=True))
         _, pieces = await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, closed))
         assert pieces[-1].finish is not None
+
+
+async def test_one_tenant_has_only_so_many_contexts(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("h0")) as fleet:
+        fleet.live._config = dataclasses.replace(fleet.live._config, max_tenant_contexts=1)
+        own = fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, silence())
+        await anext(own)
+        with pytest.raises(Overloaded, match="1 contexts of this tenant"):
+            await collect(fleet.live.submit_context(request_of(fleet, prompt_of(2, 9)), 0, one_by_one()))
+        other = dataclasses.replace(request_of(fleet, prompt_of(2, 9)), tenant="other")
+        closed = one_by_one(Revision(version=1, num_kept=9, is_closed=True))
+        _, pieces = await collect(fleet.live.submit_context(other, 0, closed))
+        assert pieces[-1].finish is not None
+        await own.aclose()
+        await fleet.at_rest()
+
+
+async def test_a_context_of_which_nothing_comes_is_given_up(tmp_path, roles, prompt_of):
+    async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
+        fleet.live._config = dataclasses.replace(fleet.live._config, context_idle_s=0.2)
+        with pytest.raises(DeadlineExceeded, match="nothing came"):
+            await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, silence()))
+        await fleet.at_rest()
+
+
+async def test_a_call_that_says_nothing_is_not_kept(servicer, monkeypatch):
+    monkeypatch.setattr("headrace.runtime.incoming.FIRST_REQUEST_S", 0.05)
+
+    async def say_nothing():
+        await asyncio.Event().wait()
+        yield
+
+    with pytest.raises(DeadlineExceeded, match="no request came"):
+        await anext(servicer.GenerateContext(say_nothing(), CONTEXT))
 
 
 async def test_a_context_for_a_model_that_is_not_served_takes_no_place(tmp_path, roles, prompt_of):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -16,7 +17,16 @@ from headrace.core.request import (
     SequenceSpec,
     Usage,
 )
-from headrace.errors import DeadlineExceeded, Draining, HeadraceError, InternalError, NotReady, Saturated, UnknownModel
+from headrace.errors import (
+    DeadlineExceeded,
+    Draining,
+    HeadraceError,
+    InternalError,
+    NotReady,
+    Overloaded,
+    Saturated,
+    UnknownModel,
+)
 from headrace.router.answer import ChoiceText
 from headrace.router.config import RouterConfig
 from headrace.router.context import ContextRun
@@ -58,7 +68,7 @@ class LiveRequests:
         self._served: ServedModel | None = None
         self._block_tokens = 0
         self._num_live = 0
-        self._num_contexts = 0
+        self._contexts: Counter[str] = Counter()
         self._mean_request_s = _FIRST_MEAN_REQUEST_S
         self._last_token_s: float | None = None
         self._started_members: set[str] = set()
@@ -107,9 +117,10 @@ class LiveRequests:
     ) -> AsyncGenerator[Piece | ContextProgress, None]:
         """Generate from a prompt that still arrives; closing the generator stops all work of the request."""
         model = self.model(request.model)
-        self._admit_context()
+        self._admit_context(request.tenant)
         run = ContextRun(self._parts, _spec(request, model, 0), model.fingerprint, self._block_tokens, num_final)
-        answer = ContextAnswer(run, ChoiceText(0, model.text, request.stop), self._parts.tasks, self._metrics)
+        text, idle_s = ChoiceText(0, model.text, request.stop), self._config.context_idle_s
+        answer = ContextAnswer(run, text, self._parts.tasks, self._metrics, idle_s)
         try:
             async with aclosing(answer.events(revisions)) as events:
                 async for event in events:
@@ -117,17 +128,22 @@ class LiveRequests:
                         self._last_token_s = self._clock.now()
                     yield event
         finally:
-            self._num_contexts -= 1
+            self._contexts -= Counter({request.tenant: 1})
 
-    def _admit_context(self) -> None:
-        limit = self._config.max_contexts
+    def _admit_context(self, tenant: str) -> None:
+        limit, num_contexts, num_own = self._config.max_contexts, self._contexts.total(), self._contexts[tenant]
         if self.is_draining:
             self._metrics.refuse(Draining.code)
             raise Draining("this router is leaving: retry elsewhere", retry_after_s=1.0)
-        if self._num_contexts >= limit:
+        if num_contexts >= limit:
             self._metrics.refuse(Saturated.code)
-            raise Saturated(f"{self._num_contexts} contexts are open", limit=str(limit), retry_after_s=1.0)
-        self._num_contexts += 1
+            raise Saturated(f"{num_contexts} contexts are open", limit=str(limit), retry_after_s=1.0)
+        if num_own >= (limit := self._config.max_tenant_contexts):
+            self._metrics.refuse(Overloaded.code)
+            raise Overloaded(
+                f"{num_own} contexts of this tenant are open", field="x-tenant-id", limit=str(limit), retry_after_s=1.0
+            )
+        self._contexts[tenant] += 1
 
     async def submit(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
         """Generate; closing the generator stops all work of the request."""

@@ -31,6 +31,9 @@ class RouterConfig:
         cache_dir: Where parsed tokenizers are kept; None parses at every start.
         max_live_requests: Admission bound: further requests get 503 with a time to retry.
         max_contexts: Most contexts that may arrive, or be answered, at a time.
+        max_tenant_contexts: Most of one tenant.
+        context_idle_s: When a context that is computed as far as it is known, and of which nothing comes, is dropped;
+            longer than `ingestor.idle_s`, which knows contexts better.
         default_timeout_s: Deadline of a request that names none.
         max_timeout_s: Longest deadline a request may name.
         max_moves: How often a request may move to other workers after failures.
@@ -62,6 +65,8 @@ class RouterConfig:
     cache_dir: Path | None = None
     max_live_requests: Count = 256
     max_contexts: Count = 256
+    max_tenant_contexts: Count = 192
+    context_idle_s: Annotated[float, Between(0.1, 86_400.0)] = 300.0
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
     max_moves: int = 3

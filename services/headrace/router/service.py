@@ -16,7 +16,7 @@ from headrace.router.arriving import ArrivingContext
 from headrace.router.config import RouterConfig
 from headrace.router.frontend import Frontend, ServedModel
 from headrace.router.tokens import detokenize, refuse_long_text
-from headrace.runtime.incoming import tenant_of_call
+from headrace.runtime.incoming import first_of, tenant_of_call
 from headrace.runtime.off_loop import off_loop
 from headrace.v1 import generate_pb2, router_pb2, router_pb2_grpc
 
@@ -65,7 +65,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: "grpc.aio.ServicerContext[object, object]",
     ) -> AsyncGenerator[router_pb2.GenerateContextResponse, None]:
         """Take a prompt in revisions and stream its answer; cancelling the call stops all its work."""
-        first = await anext(request_iterator, None)
+        first = await first_of(request_iterator)
         if first is None or not first.HasField("open"):
             raise InvalidRequest("the first request of a context opens it, the others do not", field="open")
         opening = first.open
