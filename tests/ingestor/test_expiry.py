@@ -236,6 +236,31 @@ async def test_a_complete_answer_is_there_for_the_grace_time(timed):
         await call().resume(first.opened.context_id)
 
 
+async def test_an_abandoned_context_is_not_kept(timed):
+    ingestor, call, pass_s, _ = timed
+    await (await call().open()).abandon(1)
+    pass_s(0.0)
+    assert not ingestor.sessions.num_kept
+
+
+async def test_of_too_many_ended_contexts_the_tenant_with_most_loses_its_oldest(caller):
+    clock = VirtualClock(1000.0)
+    ingestor, call = await caller(clock=clock, grace_s=GRACE_S, max_ended=3)
+    names = []
+    for tenant in ("a", "b", "b", "b"):
+        context = await call(tenant).open()
+        await context.close(1, "Why?")
+        await context.finish()
+        clock.advance(0.1)
+        names.append((tenant, context.opened.context_id))
+    ingestor.sessions.sweep()
+    assert ingestor.sessions.num_kept == 3
+    for tenant, name in (names[0], *names[2:]):
+        assert (await (await call(tenant).resume(name)).finish()).text == "abc"
+    with pytest.raises(UnknownContext):
+        await call("b").resume(names[1][1])
+
+
 async def test_a_context_takes_the_time_that_it_names_or_that_its_call_has(caller):
     clock = VirtualClock(1000.0)
     ingestor, call = await caller(clock=clock, default_timeout_s=100.0, max_timeout_s=200.0)

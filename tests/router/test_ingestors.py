@@ -320,6 +320,41 @@ async def test_a_request_that_is_too_large_is_refused_with_the_limit(door, is_fi
     assert ingestor.parts.counts.operations == 0
 
 
+async def test_the_sdk_refuses_what_the_router_does_not_take_and_the_context_goes_on(door, frontend, text):
+    ingestor, _ = await door.add()
+    async with (await door.client()).context(mode="update") as context:
+        await context.append("all ")
+        large = [
+            context.append(b"x" * MAX_BYTES),
+            context.update([("a", "x" * MAX_BYTES)]),
+            context.replace("0", [(f"segment {number}", "x") for number in range(200)]),
+            context.close("x" * MAX_BYTES).answer(),
+        ]
+        for operation in large:
+            with pytest.raises(InvalidRequest, match="send it in parts") as caught:
+                await operation
+            assert (caught.value.field, caught.value.limit) == ("operation", f"{MAX_BYTES} bytes")
+        await context.append("is well")
+        await context.close("?").answer()
+    assert [text.decode(request.prompt) for request in frontend.requests] == ["all is well?"]
+    assert ingestor.parts.counts.operations == 3
+
+
+async def test_no_size_of_an_operation_loses_a_context_of_the_sdk(door):
+    ingestor, _ = await door.add()
+    refusals = []
+    async with (await door.client()).context() as context:
+        for size in range(MAX_BYTES - 60, MAX_BYTES + 1):
+            with pytest.raises(InvalidRequest) as caught:
+                await context.append(b"x" * size)
+            refusals.append(type(caught.value))
+        await context.close("well?").answer()
+    # By the ingestor up to some size, from there on by the SDK.
+    assert refusals == sorted(refusals, key=lambda kind: kind is InvalidRequest)
+    assert set(refusals) == {ContextOverflow, InvalidRequest}
+    assert ingestor.parts.counts.operations == refusals.count(ContextOverflow) + 1
+
+
 async def test_a_request_of_the_largest_size_passes(door):
     ingestor, _ = await door.add(max_context_chars=1)
     request = appending(1, b"")

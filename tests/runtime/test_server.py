@@ -250,6 +250,15 @@ async def test_many_messages_larger_than_the_default_limit_pass(channels):
     assert len(answered.token_ids) == len(text)
 
 
+async def test_a_message_larger_than_the_servers_limit_is_refused_as_it_arrives(channels):
+    async with serve_router(ScriptedRouter([]), max_message_bytes=1 << 20) as server:
+        stub = stub_of(channels, server)
+        with pytest.raises(InvalidRequest, match="larger than max"):
+            async with translate_errors("router"):
+                await stub.Tokenize(router_pb2.TokenizeRequest(text="x" * (1 << 20)), timeout=30)
+        assert len((await stub.Tokenize(router_pb2.TokenizeRequest(text="x" * 1000), timeout=30)).token_ids) == 1000
+
+
 def test_the_name_of_the_generate_method_is_the_generated_one():
     service = router_pb2.DESCRIPTOR.services_by_name["RouterService"]
     assert f"/{service.full_name}/{service.methods_by_name['Generate'].name}" == GENERATE

@@ -24,6 +24,9 @@ LINGER_S = 0.2
 RECONNECT_S = 25.0
 """How long a context is taken up again after its connection broke: less than an ingestor keeps it."""
 
+ENVELOPE_BYTES = 32
+"""At least what a request has besides its operation: its number and its framing."""
+
 Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
 Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
 """Returns a call that begins with a request and may take so many seconds."""
@@ -237,6 +240,7 @@ class AsyncContext:
                 raise self._lost
             if self._is_over:
                 raise InvalidRequest("the context is over: nothing can be changed any more", field="operation")
+            self._refuse_large(operation)
             before, refusal = self._unanswered, None
             if before is not None:
                 refusal = await self._have_carried_out(before)
@@ -247,6 +251,14 @@ class AsyncContext:
             if refusal is not None:
                 raise refusal
             return self._open_link().state
+
+    def _refuse_large(self, operation: ingestor_pb2.ContextOperation) -> None:
+        """Refuse what would end the call, before it takes a number."""
+        size, limit = operation.ByteSize() + ENVELOPE_BYTES, self._open_link().opened.max_request_bytes
+        if 0 < limit < size:
+            raise InvalidRequest(
+                f"the operation has {size} bytes; send it in parts", field="operation", limit=f"{limit} bytes"
+            )
 
     async def _have_carried_out(self, operation: ingestor_pb2.ContextOperation) -> HeadraceError | None:
         """Send an operation until it is answered; return why it was refused, if it was."""

@@ -23,6 +23,8 @@ class IngestorConfig:
         model: GGUF file or Hugging Face folder; the ingestor reads its tokenizer and chat template.
         max_streams: Most contexts that are open or being answered.
         max_tenant_streams: Most of one tenant.
+        max_ended: Most that are kept for `grace_s` after their end; of those over it the tenant that has most loses its
+            oldest.
         max_chunk_bytes: Most bytes of text of one operation.
         max_context_chars: Most characters of one context.
         max_text_chars: Most characters of all contexts together.
@@ -47,6 +49,7 @@ class IngestorConfig:
     model: Path
     max_streams: Count = 256
     max_tenant_streams: Count = 64
+    max_ended: Count = 4096
     max_chunk_bytes: Count = 1 << 20
     max_context_chars: Count = 8 << 20
     max_text_chars: Count = 256 << 20

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import secrets
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,11 @@ class Sessions:
         """Return those that have not ended."""
         return [session for session in self._sessions.values() if not session.has_ended]
 
+    @property
+    def num_kept(self) -> int:
+        """Contexts that have ended and are still told of."""
+        return len(self._sessions) - len(self.live())
+
     async def open(self, wanted: Wanted) -> Session:
         """Begin a context.
 
@@ -127,9 +133,25 @@ class Sessions:
                 self._parts.counts.expired += 1
                 session.end(reason)
                 session.is_abandoned |= isinstance(reason, Cancelled)
-            grace_s = self._parts.config.grace_s
-            if session.ended_s is not None and self._parts.clock.now() >= session.ended_s + grace_s:
+            if self._is_forgotten(session):
                 self._sessions.pop(session.opening.context_id)
+        self._forget_most()
+
+    def _is_forgotten(self, session: Session) -> bool:
+        """Return whether nobody may take it up any more."""
+        if session.ended_s is None:
+            return False
+        return session.is_abandoned or self._parts.clock.now() >= session.ended_s + self._parts.config.grace_s
+
+    def _forget_most(self) -> None:
+        """Forget the oldest ended contexts of the tenants that have most of them, down to as many as may be kept."""
+        ended: defaultdict[str, deque[Session]] = defaultdict(deque)
+        for session in sorted(self._sessions.values(), key=lambda each: each.ended_s or 0.0):
+            if session.has_ended:
+                ended[session.opening.tenant].append(session)
+        for _ in range(sum(map(len, ended.values())) - self._parts.config.max_ended):
+            most = max(ended.values(), key=len)
+            self._sessions.pop(most.popleft().opening.context_id)
 
     def end_all(self, reason: Callable[[], HeadraceError]) -> None:
         """End all contexts."""

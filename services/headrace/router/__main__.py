@@ -1,24 +1,19 @@
 """Composition root of the router."""
 
 import asyncio
-import contextlib
 import logging
-import math
 import secrets
-import socket
 import sys
-from collections.abc import Iterator
 
-import uvicorn
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from headrace.clock import WallClock
-from headrace.errors import ConfigError, InternalError
+from headrace.errors import InternalError
 from headrace.router.actor import LiveRequests
 from headrace.router.config import RouterConfig
 from headrace.router.http.app import create_app
 from headrace.router.http.context import HttpSettings
+from headrace.router.http.server import WebServer, listen
 from headrace.router.ingestors import IngestorForwarder, Ingestors
 from headrace.router.member import RouterMember
 from headrace.router.sequence import SequenceParts
@@ -42,7 +37,6 @@ NEW_WORK = (
     "/headrace.v1.RouterService/GenerateContext",
     "/headrace.v1.IngestorService/StreamContext",
 )
-DATE_INTERVAL_S = 1.0
 
 
 def run(args: ServeArgs) -> int:
@@ -89,7 +83,8 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         live = LiveRequests(config, parts, text, clock, metrics)
         table.on_meet = live.meet
         member = RouterMember(config, secrets.token_hex(8), live, table, lifecycle)
-        server = GrpcServer(config.name, config.host, config.grpc_port, new_work=NEW_WORK)
+        # Up to twice the limit a request is refused with an error that says more than gRPC's own.
+        server = GrpcServer(config.name, config.host, config.grpc_port, NEW_WORK, 2 * config.max_body_bytes)
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(member))
         router = RouterServicer(live, member.cluster, config, clock)
         server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
@@ -102,8 +97,8 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         index.publish(registry)
         probe = LoopLagProbe()
         probe.publish(registry, "router")
-        app = _app(config, live, ingestors, registry, clock)
-        web, listener = _web_server(config, app), _listen(config.host, config.http_port)
+        web = _web(config, live, ingestors, registry, clock)
+        listener = listen(config.host, config.http_port)
         background = [
             *(tasks.create_task(table.follow(address)) for address in table.members),
             tasks.create_task(live.keep_ready()),
@@ -124,7 +119,7 @@ async def serve(config: RouterConfig, lifecycle: Lifecycle) -> None:
         await index.close()
 
 
-async def _finish(server: GrpcServer, web: "_Web", grace_s: float, clock: WallClock) -> None:
+async def _finish(server: GrpcServer, web: WebServer, grace_s: float, clock: WallClock) -> None:
     """Let what runs go on for a while, at both servers together."""
     begun_s = clock.now()
     await server.drain(grace_s)
@@ -141,68 +136,18 @@ def _register_views(
     registry.register(VllmView(metrics, model_name))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind here: uvicorn would end the process with a code that a supervisor takes for a crash."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = f"cannot listen on {host}:{port}: {error.strerror}; choose a free port"
-        raise ConfigError(reason, field="http_port") from None
-
-
-def _app(
+def _web(
     config: RouterConfig, live: LiveRequests, ingestors: Ingestors, registry: CollectorRegistry, clock: WallClock
-) -> FastAPI:
+) -> WebServer:
     settings = HttpSettings(
         tenancy=config.tenancy(),
         max_body_bytes=config.max_body_bytes,
+        receive_timeout_s=config.receive_timeout_s,
         default_timeout_s=config.default_timeout_s,
         max_timeout_s=config.max_timeout_s,
     )
-    return create_app(live, clock=clock, metrics=lambda: exposition(registry), settings=settings, ingestors=ingestors)
-
-
-def _web_server(config: RouterConfig, app: FastAPI) -> "_Web":
-    web = uvicorn.Config(
-        app,
-        host=config.host,
-        port=config.http_port,
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-    )
-    return _Web(web)
-
-
-class _Web(uvicorn.Server):
-    """uvicorn without its signal handlers: the process's own lifecycle decides when to leave.
-
-    It looks at its clock once a second, for the date in answers; uvicorn's own look, ten times a second, only finds
-    out sooner that it is to leave.
-    """
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self._leaving = asyncio.Event()
-
-    def leave(self, grace_s: float) -> None:
-        """Take no connection any more, and end when those that are open do, or in about so many seconds."""
-        self.config.timeout_graceful_shutdown = max(1, math.ceil(grace_s))
-        self.should_exit = True
-        self._leaving.set()
-
-    async def main_loop(self) -> None:
-        """Keep the date current until told to leave."""
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DATE_INTERVAL_S):
-                    await self._leaving.wait()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture nothing."""
-        yield
+    app = create_app(live, clock=clock, metrics=lambda: exposition(registry), settings=settings, ingestors=ingestors)
+    return WebServer(app, config.host, config.http_port, config.receive_timeout_s)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class RouterConfig:
         first_report_timeout_s: How long a worker may stay silent before it counts as dead.
         canary_interval_s: Longest age of the last answered token before readiness is proven anew.
         max_body_bytes: Largest HTTP body or gRPC request.
+        receive_timeout_s: How long the head of an HTTP request may take to arrive, and then its body.
         drain_s: How long running requests may go on when the process is asked to leave.
         cache_secret: Keys of tenants' blocks are made from it, so the routers of a cluster need the same one; when it
             is empty, whoever reaches the stores can compute them.
@@ -73,6 +74,7 @@ class RouterConfig:
     first_report_timeout_s: float = 2.0
     canary_interval_s: float = 15.0
     max_body_bytes: Count = 8 << 20
+    receive_timeout_s: Annotated[float, Between(0.1, 86_400.0)] = 60.0
     drain_s: Annotated[float, Between(0.0, 86_400.0)] = 10.0
     cache_secret: Secret = Secret("")
     public_tenants: tuple[str, ...] = (ALL_TENANTS,)

@@ -108,6 +108,8 @@ class IngestorForwarder(ingestor_pb2_grpc.IngestorServiceServicer):
         try:
             async with aclosing(_responses(call, address)) as responses:
                 async for response in responses:
+                    if response.HasField("opened"):
+                        response.opened.max_request_bytes = self._max_bytes
                     yield response
         except HeadraceError:
             if passing.error is not None:

@@ -10,7 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from headrace.core.status import CONNECTION_OPTIONS, KEEPALIVE_MS
+from headrace.core.status import CONNECTION_OPTIONS, KEEPALIVE_MS, MAX_MESSAGE_BYTES
 from headrace.errors import ConfigError
 from headrace.runtime.interceptor import CallGate, ErrorInterceptor
 
@@ -39,11 +39,21 @@ class GrpcServer:
         port: Port to bind; 0 takes a free one.
         new_work: Full method names ("/headrace.v1.RouterService/Generate") that bring new work: they are
             refused while draining and waited for. All other calls go on, so that running work can end.
+        max_message_bytes: Largest message that is taken in.
     """
 
-    def __init__(self, name: str, host: str, port: int, new_work: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        port: int,
+        new_work: Collection[str] = (),
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         self._host = host
         self._port = port
+        # Of two of a name the first counts.
+        self._options = (("grpc.max_receive_message_length", max_message_bytes), *SERVER_OPTIONS)
         self._gate = CallGate(frozenset(new_work))
         self._interceptor = ErrorInterceptor(name, self._gate)
         self._registrations: list[Callable[[grpc.aio.Server], None]] = []
@@ -97,7 +107,7 @@ class GrpcServer:
         Raises:
             ConfigError: the port is taken or the host is not an address of this machine.
         """
-        server = grpc.aio.server(interceptors=(self._interceptor,), options=SERVER_OPTIONS)
+        server = grpc.aio.server(interceptors=(self._interceptor,), options=self._options)
         recorder = _Recorder(server)
         for registration in self._registrations:
             registration(cast(grpc.aio.Server, recorder))

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import grpc.aio
 
 from headrace.core.request import FinishReason, Piece, Token, Usage
+from headrace.core.status import MAX_MESSAGE_BYTES
 from headrace.core.tenancy import TENANT_HEADER
 from headrace.core.wire import piece_to_proto
 from headrace.errors import HeadraceError
@@ -126,9 +127,11 @@ def _remaining_s(context: "grpc.aio.ServicerContext[object, object]") -> float:
 
 
 @asynccontextmanager
-async def serve_router(router: ScriptedRouter, port: int = 0) -> AsyncIterator[GrpcServer]:
+async def serve_router(
+    router: ScriptedRouter, port: int = 0, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> AsyncIterator[GrpcServer]:
     """Serve a scripted router on loopback; ready at once."""
-    server = GrpcServer("router", "127.0.0.1", port, new_work=(GENERATE,))
+    server = GrpcServer("router", "127.0.0.1", port, (GENERATE,), max_message_bytes)
     server.add(router_pb2_grpc.add_RouterServiceServicer_to_server, router)
     await server.start()
     await server.set_ready(is_ready=True)

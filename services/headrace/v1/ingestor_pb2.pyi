@@ -390,6 +390,7 @@ class ContextOpened(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     IS_CHAT_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Unguessable name for `resume`; it counts together with the tenant."""
     model: _builtins.str
@@ -400,6 +401,10 @@ class ContextOpened(_message.Message):
     """Whether the answer is that of a chat."""
     mode: Global___ContextMode.ValueType
     """How it may change."""
+    max_request_bytes: _builtins.int
+    """Most bytes of a request; a larger one ends the call. Set by the router that passes the call
+    on; 0 says nothing.
+    """
     def __init__(
         self,
         *,
@@ -408,10 +413,11 @@ class ContextOpened(_message.Message):
         max_context_tokens: _builtins.int = ...,
         is_chat: _builtins.bool = ...,
         mode: Global___ContextMode.ValueType = ...,
+        max_request_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "mode", b"mode", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "max_request_bytes", b"max_request_bytes", "mode", b"mode", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

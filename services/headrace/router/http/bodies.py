@@ -1,5 +1,6 @@
 """Request bodies: their fields, their strict types, and how they are read."""
 
+import asyncio
 import re
 from typing import Any, TypeVar
 
@@ -8,7 +9,7 @@ from starlette.requests import Request
 
 from headrace.errors import InvalidRequest
 from headrace.router.http.context import HttpSettings
-from headrace.router.http.errors import BodyTooLarge, UnsupportedMedia
+from headrace.router.http.errors import BodyTimeout, BodyTooLarge, UnsupportedMedia
 
 
 class _Strict(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -264,6 +265,7 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     Raises:
         BodyTooLarge: it is over the limit; at most the limit is ever held in memory. The server
             reads and drops the rest, so that the client sees the answer and not a reset connection.
+        BodyTimeout: it takes too long to arrive.
         UnsupportedMedia: it is declared as something else than JSON.
         ClientDisconnect: the client left while sending.
     """
@@ -276,12 +278,16 @@ async def read_body(request: Request, settings: HttpSettings) -> bytes:
     # A client that asks before it sends gets its answer at once.
     if is_over and "expect" in request.headers:
         raise _too_large(limit)
-    kept = bytearray()
-    async for chunk in request.stream():
-        is_over = is_over or len(kept) + len(chunk) > limit
-        if is_over:
-            raise _too_large(limit)
-        kept += chunk
+    kept, most_s = bytearray(), settings.receive_timeout_s
+    try:
+        async with asyncio.timeout(most_s):
+            async for chunk in request.stream():
+                is_over = is_over or len(kept) + len(chunk) > limit
+                if is_over:
+                    raise _too_large(limit)
+                kept += chunk
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {most_s:g} s", field="body", limit=f"{most_s:g} s") from None
     return bytes(kept)
 
 

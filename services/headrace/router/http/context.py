@@ -18,6 +18,7 @@ class HttpSettings:
     Attributes:
         tenancy: Rules about tenants.
         max_body_bytes: Larger request bodies are refused with 413 while they are read.
+        receive_timeout_s: Bodies that take longer to arrive are refused with 408.
         max_prompts: Most prompts in one completions request.
         inline_chars: Longer texts are tokenized off the event loop.
         default_timeout_s: Deadline of requests that name none.
@@ -26,6 +27,7 @@ class HttpSettings:
 
     tenancy: Tenancy
     max_body_bytes: int = 8 * 1024 * 1024
+    receive_timeout_s: float = 60.0
     max_prompts: int = 32
     # 8,000 characters take about 2 ms to tokenize (2 cores, 2026-11-21).
     inline_chars: int = INLINE_CHARS

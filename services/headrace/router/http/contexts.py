@@ -130,10 +130,14 @@ async def close_context(request: Request, context: HttpContext) -> Response:
         async with _closed(body, request, context) as link:
             stream = ContextStream(link.opened, request, context, has_usage=wants_usage)
             # All of it, for places in the text count from its beginning.
+            number = 0
             async for number, piece in _pieces(link):
                 events = stream.events(number, piece)
                 if events and number > cursor:
                     await sender.write(events)
+            if cursor > number:
+                reason = f"the answer has {number} events: there is none behind number {cursor}"
+                raise InvalidRequest(reason, field="cursor", limit=f"at most {number}")
             await sender.write(stream.ending())
 
     return EventStream(produce, error_event)

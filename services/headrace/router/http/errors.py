@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -28,6 +29,13 @@ class BodyTooLarge(InvalidRequest):
 
     code = "request_too_large"
     http_status = 413
+
+
+class BodyTimeout(InvalidRequest):
+    """The request body took too long to arrive; send it again."""
+
+    code = "request_timeout"
+    http_status = 408
 
 
 class UnsupportedMedia(InvalidRequest):

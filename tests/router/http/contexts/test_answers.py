@@ -220,6 +220,17 @@ async def test_a_stream_goes_on_behind_the_event_that_arrived_last(api, http, is
         assert [_unnamed(each) for each in again] == [_unnamed(each) for each in complete[place:]]
 
 
+@pytest.mark.parametrize("beyond", [1, 1000])
+async def test_a_stream_cannot_go_on_behind_an_event_that_never_was(api, http, beyond):
+    path = await api.open()
+    close = {"query": "?", "stream": True, "sequence": 1}
+    last = max(number for number, _ in events((await http.post(f"{path}/close", json=close)).text) if number)
+    response = await http.post(f"{path}/close", json={**close, "cursor": last + beyond})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "cursor"
+    assert str(last) in response.json()["error"]["message"]
+
+
 def _unnamed(event):
     number, chunk = event
     return number, chunk if chunk == "[DONE]" else {**chunk, "id": "", "created": 0}
