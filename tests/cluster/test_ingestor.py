@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -205,4 +206,9 @@ def test_the_demo_shows_both_ways(start_cluster):
     done = subprocess.run([*command, "--tokens", "400", "--seconds", "1"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "From the last piece to the first token" in done.stdout
+    streamed, waited = re.findall(
+        r"\[(\d+) prompt tokens, (\d+) of them computed when the last piece came", done.stdout
+    )
+    assert streamed[0] == waited[0]
+    assert int(waited[1]) == 0 < int(streamed[1])
     cluster.wait_quiet()

@@ -96,6 +96,49 @@ def test_every_copy_of_the_index_learns_who_holds_a_prompt(cluster):
     cluster.assert_no_leaks(before)
 
 
+def num_of_prefill(cluster: LocalCluster) -> dict[str, int]:
+    """Return how many blocks of the prefill worker each copy knows."""
+    return {
+        name: sum(each.num_device_blocks for each in index.locations if each.name == "prefill-0")
+        for name, index in copies(cluster).items()
+    }
+
+
+def test_what_may_still_change_is_in_no_copy_of_the_index(cluster):
+    """Blocks of a context that is only added to are there at once; those of one that may change at its close."""
+    wait_current(cluster)
+    before, known = cluster.footprint(), num_of_prefill(cluster)
+    words = {mode: " ".join(f"{mode} {number}" for number in range(200)) for mode in ("update", "append")}
+
+    def wait_for(num_blocks: int, when: str) -> None:
+        wait_until(
+            lambda: all(count >= known[name] + num_blocks for name, count in num_of_prefill(cluster).items()),
+            10.0,
+            lambda: f"{when}: {num_blocks} more than {known} are expected, there are {num_of_prefill(cluster)}",
+        )
+
+    async def run() -> None:
+        async with AsyncClient(cluster.grpc) as client:
+            num_blocks = {mode: len(await client.tokenize(text)) // 16 for mode, text in words.items()}
+            async with client.context(mode="update", max_tokens=2) as changing:
+                await changing.append(words["update"])
+                await changing.checkpoint()
+                # Computed, and told of, later than the other one: what is known then of that one would be known.
+                async with client.context(max_tokens=2) as growing:
+                    await growing.append(words["append"])
+                    state = await growing.checkpoint()
+                    least = state.num_computed // 16
+                    assert least >= num_blocks["append"] - 2 > 10
+                    await asyncio.to_thread(wait_for, least, "open")
+                    most = max(count - known[name] for name, count in num_of_prefill(cluster).items())
+                    assert most <= num_blocks["append"]
+                await changing.close("?").answer()
+            await asyncio.to_thread(wait_for, least + num_blocks["update"] - 1, "closed")
+
+    asyncio.run(run())
+    cluster.assert_no_leaks(before)
+
+
 def hold_redis_back(cluster: LocalCluster, away_s: float, pause_s: float) -> None:
     """Stop Redis for a while under load: no request fails, and the copies follow again afterwards."""
     wait_current(cluster)

@@ -3,12 +3,18 @@
 import asyncio
 import contextlib
 import random
+from functools import partial
 
 import pytest
 
 from headrace import AsyncClient
+from headrace.core.cost import CostModel
+from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed
 from headrace.engine.sequence import Sequence
 from headrace.engine.swap import HostSwap
+from headrace.seams.preempt import PreemptContext
+from headrace.techniques.stream2llm.order import make_order
+from headrace.techniques.stream2llm.preempt import PreemptByCost, SwapAlways
 from headrace.testing.fleet import open_fleet
 from headrace.testing.ingestor import open_ingestor, serve_frontend
 from headrace.worker.config import WorkerRole
@@ -91,7 +97,7 @@ class Script:
         self.mode = self.rng.choice(["append", "update"])
         self.prefix = self.rng.choice(["", "Before it. "])
         self.segments, self.num_segments = [], 0
-        self.query = self.words()
+        self.query = ""
         self.sampling = {"max_tokens": self.rng.choice([1, 8, 60]), "seed": seed, "ignore_eos": True}
         self.sampling["temperature"] = self.rng.choice([0.0, 1.0])
 
@@ -101,6 +107,12 @@ class Script:
     @property
     def text(self):
         return "".join(text for _, text in self.segments)
+
+    def choose_query(self):
+        """None at all, if that leaves anything to be answered."""
+        if not (self.prefix or self.text) or self.rng.random() < 0.7:
+            self.query = self.words()
+        return self.query
 
     def _new(self):
         self.num_segments += 1
@@ -114,19 +126,22 @@ class Script:
                     await asyncio.sleep(self.rng.random() / 20)
                 if self.rng.random() < 0.2:
                     await asyncio.sleep(self.stall_s)
-            stream, tokens = context.close(self.query), []
+            stream, tokens = context.close(self.choose_query()), []
             async for piece in stream:
                 tokens += [token.token_id for token in piece.tokens]
             assert (await stream.answer()).token_ids == tuple(tokens)
             return tuple(tokens)
 
     async def _change(self, context):
-        kind = self.rng.choice(["append", "append", "checkpoint", "update", "replace"])
+        kind = self.rng.choice(["append", "append", "checkpoint", "update", "replace", "clear"])
         if kind == "checkpoint":
             await context.checkpoint()
         elif self.mode == "append" or not self.segments or (kind == "append" and len(self.text) < NUM_CHARS):
             if len(self.text) < NUM_CHARS:
                 await self._append(context)
+        elif kind == "clear":
+            self.segments = []
+            await context.update([])
         elif kind == "update":
             self.rng.shuffle(self.segments)
             self.segments = [*self.segments[:3], self._new()]
@@ -199,15 +214,33 @@ class Counted:
         monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize("names", CLUSTERS)
+COST = CostModel(step_s=1e-4, prompt_s=0.0, token_s=1e-6, pair_s=0.0, decode_s=0.0, context_s=0.0)
+POLICIES = {
+    "default, recompute": (FirstComeFirstServed, RECOMPUTE_ALWAYS),
+    "fcfs, swap": (partial(make_order, "fcfs"), SwapAlways()),
+    "lcas, auto": (partial(make_order, "lcas"), PreemptByCost(PreemptContext(cost=COST, always_saves=False))),
+    "mcps, swap": (partial(make_order, "mcps"), SwapAlways()),
+}
+PRESSED = [
+    *((names, "fcfs, swap") for names in CLUSTERS),
+    ("p0 p1 d0 d1", "lcas, auto"),
+    ("h0 h1", "default, recompute"),
+    ("p0 d0", "mcps, swap"),
+]
+
+
+@pytest.mark.parametrize(("names", "policies"), PRESSED)
 @pytest.mark.parametrize("is_disturbed", [False, True])
 async def test_contexts_that_stall_and_compete_for_blocks_have_them_too(
-    tmp_path, cuts, monkeypatch, names, is_disturbed
+    tmp_path, cuts, monkeypatch, names, policies, is_disturbed
 ):
     """A pool for two or three of sixteen: blocks are given up, with a copy and without, and come back."""
     evictions, saves = Counted(monkeypatch, Sequence, "lose_blocks"), Counted(monkeypatch, HostSwap, "save")
-    shape = {"num_blocks": 36, "num_swap_blocks": 12, "stall_s": 0.03}
+    order, preempt = POLICIES[policies]
+    shape = {"num_blocks": 36, "num_swap_blocks": 12, "stall_s": 0.03, "order": order, "preempt": preempt}
     async with open_cluster(tmp_path, names, cuts, **shape) as cluster:
         for seed in range(2):
             await check(cluster, 10 + seed, 16, is_disturbed=is_disturbed, stall_s=0.1)
-    assert 0 < saves.num_calls < evictions.num_calls
+    assert 0 < evictions.num_calls
+    assert saves.num_calls < evictions.num_calls
+    assert bool(saves.num_calls) == (preempt is not RECOMPUTE_ALWAYS)

@@ -6,7 +6,8 @@ import pytest
 
 from headrace.core.context import Segment
 from headrace.errors import ContextOverflow, InternalError, Overloaded, Saturated
-from headrace.testing.context_call import replaced, updated
+from headrace.ingestor.call import MOST_UNREAD, ContextCall
+from headrace.testing.context_call import appended, replaced, updated
 from headrace.v1 import ingestor_pb2, router_pb2
 
 UPDATE = ingestor_pb2.CONTEXT_MODE_UPDATE
@@ -245,6 +246,31 @@ async def test_of_those_who_come_at_once_only_as_many_as_may_are_let_in(caller):
     for each in calls:
         if each.states:
             await each.abandon(1)
+
+
+async def test_a_client_that_reads_no_refusals_is_not_listened_to_any_longer(caller):
+    ingestor, call = await caller(max_chunk_bytes=1)
+    name = (await call().open()).opened.context_id
+    session, num_taken, num_sent = ingestor.sessions.resume(name, "default"), 0, 3 * MOST_UNREAD
+
+    async def requests():
+        nonlocal num_taken
+        for number in range(num_sent):
+            num_taken += 1
+            operation = ingestor_pb2.ContextOperation(sequence=number + 1, append=appended("xx"))
+            yield ingestor_pb2.StreamContextRequest(operation=operation)
+        leaving = ingestor_pb2.ContextOperation(sequence=num_sent + 1, abandon=ingestor_pb2.AbandonContext())
+        yield ingestor_pb2.StreamContextRequest(operation=leaving)
+
+    responses = ContextCall(session, 0, ingestor.parts.tasks).responses(requests())
+    assert (await anext(responses)).HasField("opened")
+    async with asyncio.timeout(5.0):
+        while num_taken <= MOST_UNREAD:  # noqa: ASYNC110 it is a counter
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(0.1)
+    assert num_taken == MOST_UNREAD + 1
+    refused = [response.refused.sequence async for response in responses if response.HasField("refused")]
+    assert refused == list(range(1, num_sent + 1))
 
 
 async def test_text_for_which_there_is_no_room_is_taken_once_another_context_has_ended(opened):

@@ -10,7 +10,8 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ from headrace.runtime.channels import Channels
 from headrace.runtime.cluster import ClusterServicer
 from headrace.runtime.server import GrpcServer
 from headrace.runtime.telemetry import RouterMetrics
+from headrace.seams.order import OrderPolicy
+from headrace.seams.preempt import PreemptPolicy
 from headrace.techniques.sarathi.shape import ChunkedShape
 from headrace.techniques.stream2llm.order import make_order
 from headrace.techniques.stream2llm.preempt import SwapAlways
@@ -176,9 +179,9 @@ class FleetWorker:
             Engine(
                 self.runner,
                 bounds,
-                order=make_order("fcfs"),
+                order=fleet.shape.order(),
                 shape=ChunkedShape(),
-                preempt=SwapAlways(),
+                preempt=fleet.shape.preempt,
                 clock=clock,
                 on_cache_change=self._note_change,
             ),
@@ -306,6 +309,8 @@ class FleetShape:
         max_live: Admission bound of the router.
         num_blocks: Size of each worker's pool.
         num_swap_blocks: Blocks of preempted sequences that each keeps; the KV of the others is computed again.
+        order: Makes each worker's order.
+        preempt: What becomes of the KV of the preempted.
         stall_s: Silence after which an open prompt has stalled.
         transfer_deadline_s: Patience of a push.
         canary_interval_s: Longest age of the router's last token before it sends a canary.
@@ -319,6 +324,8 @@ class FleetShape:
     max_live: int = 256
     num_blocks: int = 64
     num_swap_blocks: int = 0
+    order: Callable[[], OrderPolicy] = partial(make_order, "fcfs")
+    preempt: PreemptPolicy = field(default_factory=SwapAlways)
     stall_s: float = 1.0
     transfer_deadline_s: float = 5.0
     canary_interval_s: float = 15.0
