@@ -320,6 +320,21 @@ def test_what_a_peer_sends_is_waited_for_if_half_of_it_is_shared(make_client, pr
     assert (not client.events[follower]) == waits
 
 
+@pytest.mark.parametrize("is_open", [False, True], ids=["whole", "in revisions"])
+def test_who_computes_a_prompt_does_not_wait_for_the_peer_that_may_wait_for_it(
+    make_client, reference, prompt_of, is_open
+):
+    """As when a prefill worker has to be the decode worker of a context too: what lands there comes from itself."""
+    client, prompt = make_client(num_blocks=64), prompt_of(1, 33)
+    client.open(prompt, arrives_whole=True, begins=False)
+    client.steps()
+    own = client.open(prompt, is_open=is_open, max_tokens=1, ignore_eos=True)
+    if is_open:
+        client.revise(own, closed=True)
+    client.steps()
+    assert client.tokens(own) == reference(prompt, max_tokens=1, ignore_eos=True)
+
+
 def test_n_answers_to_a_prompt_compute_it_once(make_client, prompt_of):
     client = make_client(num_blocks=64)
     prompt = prompt_of(1, 33)

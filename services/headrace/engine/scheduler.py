@@ -259,8 +259,11 @@ def _will_share(sequence: SequenceView, other: SequenceView) -> bool:
     """Return whether the next block that a sequence lacks is one that another one is about to have.
 
     Blocks that are computed can be shared one by one. Those that a peer sends come when all are there: they are
-    worth waiting for if at least half of them can be shared.
+    worth waiting for if at least half of them can be shared. Only who gets its own from a peer waits for those: one
+    that computes may be the very one, here or by way of other workers, that the peer's are waited for from.
     """
+    if other.arrives_whole and not sequence.arrives_whole:
+        return False
     index = sequence.num_present_blocks
     if other.arrives_whole:
         index = max(index, (other.num_present_blocks + len(other.block_hashes) - 1) // 2)
