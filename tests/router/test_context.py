@@ -213,6 +213,26 @@ async def test_a_worker_that_dies_costs_a_context_nothing_but_time(
         await fleet.at_rest()
 
 
+async def test_contexts_that_lose_the_last_decode_worker_are_answered_where_they_are_computed(
+    tmp_path, roles, prompt_of
+):
+    """Its pool has room for each of them once: none may keep blocks there that another one is to fill."""
+    async with open_fleet(tmp_path, roles("p0 d0"), num_blocks=14, num_swap_blocks=0) as fleet:
+        prompts = [prompt_of(seed, 48) for seed in range(3)]
+        streams = [Stream(fleet, prompt[:20]) for prompt in prompts]
+        await asyncio.gather(*(stream.computed() for stream in streams))
+        await fleet.workers["d0"].kill()
+        await fleet.until(lambda: len(fleet.table.usable()) == 1, "the death is not noticed")
+        for stream, prompt in zip(streams, prompts, strict=True):
+            stream.revise(prompt[20:47])
+        await asyncio.sleep(0.8)
+        for stream, prompt in zip(streams, prompts, strict=True):
+            stream.revise(prompt[47:], is_closed=True)
+        for stream, prompt in zip(streams, prompts, strict=True):
+            assert await stream.answer() == await one_shot(fleet, prompt)
+        await fleet.at_rest("p0")
+
+
 async def test_without_any_worker_a_context_waits_for_one(tmp_path, roles, prompt_of):
     async with open_fleet(tmp_path, roles("h0")) as fleet:
         wanted = await one_shot(fleet, prompt_of(1, 30))

@@ -79,8 +79,8 @@ class _Leg(Generic[RequestT]):
 class ContextAttempt:
     """Owns the streams to the workers that have a context.
 
-    A decode worker may lose its blocks, or die, while the context is open: another is asked, and the prefill worker
-    pushes what it has there. Whatever else goes wrong ends the attempt.
+    A decode worker may lose its blocks, or die, while the context is open: another of that role is asked, and the
+    prefill worker pushes what it has there. Whatever else goes wrong ends the attempt.
 
     Args:
         parts: What all sequences share.
@@ -228,7 +228,12 @@ class ContextAttempt:
             await self._pause()
             if self._closed.is_set():
                 raise PeerFailed(f"the decode worker {name} was lost", worker=worker.address)
-            name = self._choose(self._spec, name).decode
+            successor = self._choose(self._spec, name)
+            if successor.prefill is None:
+                # Nobody is left whose role is to decode. Were a prefill worker to keep blocks for it meanwhile, they
+                # could be the ones that it, or another one, needs to compute it.
+                raise PeerFailed(f"the decode worker {name} was lost", worker=worker.address)
+            name = successor.decode
 
     async def _decode_at(self, worker: Worker, *, is_local: bool) -> bool:
         """Have one decode worker keep blocks and generate; return whether the answer is complete.
