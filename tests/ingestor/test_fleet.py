@@ -23,6 +23,7 @@ ROLES = {"p": WorkerRole.PREFILL, "d": WorkerRole.DECODE, "h": WorkerRole.HYBRID
 CLUSTERS = ["p0 p1 d0 d1", "h0 h1", "p0 d0"]
 WORDS = "water wheel é 水車 runs. \n the mill's 12 , and (down) 🌊 stream".split(" ")
 NUM_CHARS = 60
+NUM_ROUNDS = 80
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +245,17 @@ async def test_contexts_that_stall_and_compete_for_blocks_have_them_too(
     assert 0 < evictions.num_calls
     assert saves.num_calls < evictions.num_calls
     assert bool(saves.num_calls) == (preempt is not RECOMPUTE_ALWAYS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("names", CLUSTERS)
+@pytest.mark.parametrize("is_disturbed", [False, True])
+async def test_no_context_of_thousands_waits_for_ever_for_blocks(tmp_path, cuts, names, is_disturbed):
+    """Whoever waits for blocks that another one keeps while it waits too does so once in hundreds of rounds."""
+    shape = {"num_blocks": 36, "num_swap_blocks": 12, "stall_s": 0.03}
+    async with open_cluster(tmp_path, names, cuts, **shape) as cluster:
+        for seed in range(NUM_ROUNDS):
+            await check(cluster, 100 + seed, 16, is_disturbed=is_disturbed, stall_s=0.05)
+            for worker in cluster.fleet.workers.values():
+                worker.runner.batches.clear()
