@@ -111,6 +111,7 @@ async def test_what_happened_is_counted(caller, frontend):
     await again.finish()
     ingest = member.load().ingest
     assert (ingest.num_opened, ingest.num_resumed, ingest.num_expired, ingest.text_chars) == (1, 1, 0, 0)
+    assert ingest.num_kept == 1
     assert (ingest.num_operations, ingest.num_refused) == (4, 1)
     assert ingest.num_revisions == len(frontend.contexts[0].versions) - 1 == 2
     num_left = len(frontend.contexts[0].versions[-1])

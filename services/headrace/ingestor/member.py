@@ -67,6 +67,7 @@ class IngestorMember:
                 dropped_tokens=counts.dropped_tokens,
                 num_resumed=counts.resumed,
                 num_expired=counts.expired,
+                num_kept=self._sessions.num_kept,
             ),
         )
 

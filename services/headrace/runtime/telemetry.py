@@ -100,6 +100,7 @@ _STORE_COUNTERS: dict[str, tuple[str, _Reading]] = {
 }
 _INGEST_GAUGES: dict[str, tuple[str, _Reading]] = {
     "ingest_text_chars": ("Characters of contexts kept now.", lambda load: load.ingest.text_chars),
+    "ingest_kept": ("Contexts that have ended and are still told of.", lambda load: load.ingest.num_kept),
 }
 _INGEST_COUNTERS: dict[str, tuple[str, _Reading]] = {
     "ingest_opened": ("Contexts opened.", lambda load: load.ingest.num_opened),

@@ -315,6 +315,7 @@ class IngestReport(_message.Message):
     DROPPED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_RESUMED_FIELD_NUMBER: _builtins.int
     NUM_EXPIRED_FIELD_NUMBER: _builtins.int
+    NUM_KEPT_FIELD_NUMBER: _builtins.int
     text_chars: _builtins.int
     """Characters of text kept now."""
     num_opened: _builtins.int
@@ -333,6 +334,8 @@ class IngestReport(_message.Message):
     """Calls that took a context up again."""
     num_expired: _builtins.int
     """Contexts that were given up because nobody came back or nothing came any more."""
+    num_kept: _builtins.int
+    """Contexts that have ended and whose answer, or failure, is still told."""
     def __init__(
         self,
         *,
@@ -345,10 +348,11 @@ class IngestReport(_message.Message):
         dropped_tokens: _builtins.int = ...,
         num_resumed: _builtins.int = ...,
         num_expired: _builtins.int = ...,
+        num_kept: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_tokens", b"dropped_tokens", "num_expired", b"num_expired", "num_opened", b"num_opened", "num_operations", b"num_operations", "num_refused", b"num_refused", "num_resumed", b"num_resumed", "num_revisions", b"num_revisions", "sent_tokens", b"sent_tokens", "text_chars", b"text_chars"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_tokens", b"dropped_tokens", "num_expired", b"num_expired", "num_kept", b"num_kept", "num_opened", b"num_opened", "num_operations", b"num_operations", "num_refused", b"num_refused", "num_resumed", b"num_resumed", "num_revisions", b"num_revisions", "sent_tokens", b"sent_tokens", "text_chars", b"text_chars"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
