@@ -33,12 +33,13 @@ MOST_RSS_BYTES = 12 << 20
 """Growth of one process over the measured time: as in test_soak, and as much again for contexts open at a sample."""
 SETTINGS = (
     "worker.kv_memory_bytes=90000000",
+    "worker.swap_memory_bytes=30000000",
     "kvstore.memory_bytes=45000000",
     "ingestor.max_tenant_streams=256",
     "ingestor.grace_s=2.0",
     "router.max_contexts=300",
 )
-"""Blocks for some twelve contexts of two hundred."""
+"""Blocks for some twelve contexts of two hundred, and copies of four: full, and all pages touched, in the warm-up."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(SOAK_S * 2 + 600)]
 

@@ -22,16 +22,19 @@ class SavedKv:
     """KV that was copied out of the pool.
 
     Attributes:
-        data: `[num_blocks, block_bytes]`, uint8, in host memory; the blocks of the sequence in order.
+        places: Where it is in host memory; the blocks of the sequence in order.
         num_tokens: Leading tokens whose KV is in them.
     """
 
-    data: torch.Tensor
+    places: tuple[int, ...]
     num_tokens: int
 
 
 class HostSwap:
     """Owns a bounded amount of host memory for KV and the measured time of copies.
+
+    The memory is reserved as a whole, and taken from the machine as it is used for the first time: pieces of any size
+    that come and go would leave a heap full of holes.
 
     Args:
         runner: Owner of the blocks.
@@ -43,46 +46,48 @@ class HostSwap:
     def __init__(self, runner: Runner, num_blocks: int, pool_blocks: int, clock: Clock) -> None:
         self._runner = runner
         self._clock = clock
-        self._num_blocks = num_blocks
-        self._num_used = 0
+        self._free = list(range(num_blocks))
         self._save_s = self._load_s = 0.0
+        self._memory = torch.empty((0, 0), dtype=torch.uint8)
         if num_blocks:
-            self._measure(min(NUM_TRIAL_BLOCKS, num_blocks, pool_blocks))
+            trial = [BlockId(index) for index in range(min(NUM_TRIAL_BLOCKS, num_blocks, pool_blocks))]
+            self._memory = torch.empty((num_blocks, runner.read_blocks(trial).shape[1]), dtype=torch.uint8)
+            self._measure(trial)
 
     def view(self) -> SwapView:
         """Return what a policy may know."""
-        return SwapView(num_free_blocks=self._num_blocks - self._num_used, save_s=self._save_s, load_s=self._load_s)
+        return SwapView(num_free_blocks=len(self._free), save_s=self._save_s, load_s=self._load_s)
 
     def save(self, blocks: Sequence[BlockId], num_tokens: int) -> SavedKv:
         """Copy blocks out; there must be room for them."""
         begun_s = self._clock.now()
-        data = self._runner.read_blocks(blocks)
+        saved = SavedKv(places=tuple(self._free.pop() for _ in blocks), num_tokens=num_tokens)
+        self._memory[list(saved.places)] = self._runner.read_blocks(blocks)
         self._save_s = _moved(self._save_s, self._clock.now() - begun_s, len(blocks))
-        self._num_used += len(blocks)
-        return SavedKv(data=data, num_tokens=num_tokens)
+        return saved
 
     def load(self, saved: SavedKv, first: int, blocks: Sequence[BlockId]) -> None:
         """Copy saved blocks back, from the one with index `first` on, as many as `blocks` are given."""
         if blocks:
             begun_s = self._clock.now()
-            self._runner.write_blocks(blocks, saved.data[first : first + len(blocks)])
+            self._runner.write_blocks(blocks, self._memory[list(saved.places[first : first + len(blocks)])])
             self._load_s = _moved(self._load_s, self._clock.now() - begun_s, len(blocks))
 
     def drop(self, saved: SavedKv) -> None:
         """Give the memory of saved blocks back; once."""
-        self._num_used -= len(saved.data)
+        self._free.extend(saved.places)
 
-    def _measure(self, num_blocks: int) -> None:
+    def _measure(self, blocks: Sequence[BlockId]) -> None:
         """Copy blocks that nobody uses yet out and back."""
-        blocks = [BlockId(index) for index in range(num_blocks)]
         for _ in range(2):  # The first touches memory for the first time.
-            begun_s = self._clock.now()
-            data = self._runner.read_blocks(blocks)
-            read_s = self._clock.now()
-            self._runner.write_blocks(blocks, data)
-            self._save_s = (read_s - begun_s) / len(blocks)
-            self._load_s = (self._clock.now() - read_s) / len(blocks)
+            self._save_s = self._load_s = 0.0
+            saved = self.save(blocks, 0)
+            self.load(saved, 0, blocks)
+            self.drop(saved)
 
 
 def _moved(known_s: float, seconds: float, num_blocks: int) -> float:
-    return known_s + SPEED_WEIGHT * (seconds / num_blocks - known_s) if num_blocks else known_s
+    if not num_blocks:
+        return known_s
+    new_s = seconds / num_blocks
+    return known_s + SPEED_WEIGHT * (new_s - known_s) if known_s else new_s
