@@ -51,7 +51,10 @@ class HostSwap:
         self._memory = torch.empty((0, 0), dtype=torch.uint8)
         if num_blocks:
             trial = [BlockId(index) for index in range(min(NUM_TRIAL_BLOCKS, num_blocks, pool_blocks))]
-            self._memory = torch.empty((num_blocks, runner.read_blocks(trial).shape[1]), dtype=torch.uint8)
+            size = runner.read_blocks(trial).shape[1]
+            # Another thread will write into it; made in a caller's inference mode it could not.
+            with torch.inference_mode(mode=False):
+                self._memory = torch.empty((num_blocks, size), dtype=torch.uint8)
             self._measure(trial)
 
     def view(self) -> SwapView:
@@ -61,8 +64,7 @@ class HostSwap:
     def save(self, blocks: Sequence[BlockId], num_tokens: int) -> SavedKv:
         """Copy blocks out; there must be room for them."""
         begun_s = self._clock.now()
-        saved = SavedKv(places=tuple(self._free.pop() for _ in blocks), num_tokens=num_tokens)
-        self._memory[list(saved.places)] = self._runner.read_blocks(blocks)
+        saved = SavedKv(places=self._put(blocks), num_tokens=num_tokens)
         self._save_s = _moved(self._save_s, self._clock.now() - begun_s, len(blocks))
         return saved
 
@@ -70,24 +72,32 @@ class HostSwap:
         """Copy saved blocks back, from the one with index `first` on, as many as `blocks` are given."""
         if blocks:
             begun_s = self._clock.now()
-            self._runner.write_blocks(blocks, self._memory[list(saved.places[first : first + len(blocks)])])
+            self._get(saved.places[first : first + len(blocks)], blocks)
             self._load_s = _moved(self._load_s, self._clock.now() - begun_s, len(blocks))
 
     def drop(self, saved: SavedKv) -> None:
         """Give the memory of saved blocks back; once."""
         self._free.extend(saved.places)
 
+    def _put(self, blocks: Sequence[BlockId]) -> tuple[int, ...]:
+        places = tuple(self._free.pop() for _ in blocks)
+        self._memory[list(places)] = self._runner.read_blocks(blocks)
+        return places
+
+    def _get(self, places: Sequence[int], blocks: Sequence[BlockId]) -> None:
+        self._runner.write_blocks(blocks, self._memory[list(places)])
+
     def _measure(self, blocks: Sequence[BlockId]) -> None:
         """Copy blocks that nobody uses yet out and back."""
         for _ in range(2):  # The first touches memory for the first time.
-            self._save_s = self._load_s = 0.0
-            saved = self.save(blocks, 0)
-            self.load(saved, 0, blocks)
-            self.drop(saved)
+            begun_s = self._clock.now()
+            places = self._put(blocks)
+            put_s = self._clock.now()
+            self._get(places, blocks)
+            self._save_s = (put_s - begun_s) / len(blocks)
+            self._load_s = (self._clock.now() - put_s) / len(blocks)
+            self._free.extend(places)
 
 
 def _moved(known_s: float, seconds: float, num_blocks: int) -> float:
-    if not num_blocks:
-        return known_s
-    new_s = seconds / num_blocks
-    return known_s + SPEED_WEIGHT * (new_s - known_s) if known_s else new_s
+    return known_s + SPEED_WEIGHT * (seconds / num_blocks - known_s) if num_blocks else known_s

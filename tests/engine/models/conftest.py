@@ -87,5 +87,4 @@ def smollm2_path():
 
 @pytest.fixture(scope="session")
 def oracle(smollm2_path):
-    with torch.inference_mode():
-        yield Oracle(smollm2_path)
+    return Oracle(smollm2_path)
