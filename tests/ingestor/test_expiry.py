@@ -231,7 +231,9 @@ async def test_a_complete_answer_is_there_for_the_grace_time(timed):
     pass_s(GRACE_S - 0.1)
     again = await call().resume(first.opened.context_id)
     assert (await again.finish()).text == "abc"
-    pass_s(0.1)
+    pass_s(GRACE_S - 0.1)  # The time begins anew with every call that leaves.
+    assert (await (await call().resume(first.opened.context_id, 1)).finish()).text == "bc"
+    pass_s(GRACE_S)
     with pytest.raises(UnknownContext):
         await call().resume(first.opened.context_id)
 

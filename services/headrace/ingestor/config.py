@@ -31,7 +31,7 @@ class IngestorConfig:
         max_segments: Most segments of one context.
         default_timeout_s: Longest time from the opening of a context to the end of its answer, if it names none.
         max_timeout_s: Longest such time that a context may name.
-        grace_s: How long a context stays whose connection broke, and an answer that is complete.
+        grace_s: How long a context stays whose connection broke, and an answer that is complete and read by nobody.
         idle_s: How long an open context may go without any operation.
         coalesce_s: How long a change waits for others to travel with it; a close never waits.
         drain_s: How long contexts may go on when the process is asked to leave.

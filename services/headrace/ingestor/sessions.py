@@ -141,7 +141,8 @@ class Sessions:
         """Return whether nobody may take it up any more."""
         if session.ended_s is None:
             return False
-        return session.is_abandoned or self._parts.clock.now() >= session.ended_s + self._parts.config.grace_s
+        quiet_s = self._parts.clock.now() - max(session.ended_s, session.left_s)
+        return session.is_abandoned or (not session.num_calls and quiet_s >= self._parts.config.grace_s)
 
     def _forget_most(self) -> None:
         """Forget the oldest ended contexts of the tenants that have most of them, down to as many as may be kept."""

@@ -79,6 +79,35 @@ async def test_a_head_that_trickles_in_is_not_waited_for(connect, frontend):
     assert frontend.requests == []
 
 
+async def test_a_head_without_end_is_refused_before_it_takes_room(connect):
+    reader, writer = await connect()
+    writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nx-a: ")
+
+    async def flood():
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):
+                writer.write(b"a" * 100_000)
+                await writer.drain()
+
+    sending = asyncio.create_task(flood())
+    head, body = await answer_of(reader)
+    assert head.startswith(b"HTTP/1.1 431")
+    assert json.loads(body)["error"]["code"] == "head_too_large"
+    await to_the_end(reader)
+    await sending
+
+
+async def test_a_body_larger_than_a_head_may_be_is_read(connect):
+    reader, writer = await connect()
+    body = json.dumps({"prompt": "a", "max_tokens": 2}).encode() + b" " * 300_000
+    for _ in range(2):
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode())
+        for start in range(0, len(body), 50_000):
+            writer.write(body[start : start + 50_000])
+            await writer.drain()
+        assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 200")
+
+
 async def test_a_body_that_trickles_in_is_refused_and_its_connection_closed(connect, frontend):
     reader, writer = await connect()
     writer.write(HEAD)

@@ -111,7 +111,7 @@ async def delete_context(request: Request, context: HttpContext) -> Response:
 async def close_context(request: Request, context: HttpContext) -> Response:
     """End a context and answer it, whole or as a stream.
 
-    The same close may be sent again when its connection broke, with its number and, for a stream, the id of the last
+    The same close may be sent again when its connection broke, with its number, or, for a stream, the id of the last
     event that has arrived: events that have none are part of the next that has one.
     """
     body = decode(CloseBody, await read_body(request, context.settings))
@@ -155,7 +155,10 @@ async def _closed(body: CloseBody, request: Request, context: HttpContext) -> As
     operation = ingestor_pb2.ContextOperation()
     operation.close.query = body.query or ""
     async with _link(_resume(request), request, context, None) as link:
-        await _apply(link, operation, body.sequence)
+        if body.cursor is None or body.sequence is not None:
+            await _apply(link, operation, body.sequence)
+        elif not link.state.is_closed:
+            raise InvalidRequest("the context is open: there is no answer to go on with", field="cursor")
         yield link
 
 
@@ -188,7 +191,8 @@ async def _apply(link: ContextLink, operation: ingestor_pb2.ContextOperation, se
     """
     if sequence is not None:
         if not 1 <= sequence < 2**63:
-            raise InvalidRequest(f"sequence must be at least 1, found {sequence}", field="sequence", limit="1")
+            limit = "1 to 2^63 - 1"
+            raise InvalidRequest(f"sequence must be {limit}, found {sequence}", field="sequence", limit=limit)
         operation.sequence = sequence
         refusal = await link.operate(operation)
     else:

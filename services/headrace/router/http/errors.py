@@ -55,6 +55,15 @@ def error_response(error: HeadraceError) -> Response:
     return _response(error.http_status, error_body(error), _retry_headers(error))
 
 
+def head_too_large(limit: int) -> bytes:
+    """Return the whole answer, as bytes, to a request of which not even the head could be read."""
+    body = msgspec.json.encode(_body(f"the request's head is larger than {limit} bytes", 431, None, "head_too_large"))
+    return (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        b"content-length: %d\r\n\r\n" % len(body)
+    ) + body
+
+
 def _retry_headers(error: HeadraceError) -> Mapping[str, str]:
     wait_s = error.retry_after_s
     if wait_s is None and isinstance(error, Saturated | NotReady):

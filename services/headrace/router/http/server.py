@@ -11,8 +11,39 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from headrace.errors import ConfigError
+from headrace.router.http.errors import head_too_large
 
 TICK_S = 1.0
+MAX_HEAD_BYTES = 64 << 10
+"""Longest head of a request that comes in several pieces; the parser keeps it all, and is slow with long ones."""
+
+
+class _Connection(HttpToolsProtocol):
+    """A connection whose heads are bounded."""
+
+    _is_in_head = False
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived; of a head that becomes too long no more is taken."""
+        super().data_received(data)
+        if not self._is_in_head:
+            self._head_bytes = 0
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(head_too_large(MAX_HEAD_BYTES))
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Take note that a head begins."""
+        self._is_in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Take note that it is complete."""
+        self._is_in_head = False
+        super().on_headers_complete()
 
 
 class WebServer(uvicorn.Server):
@@ -32,7 +63,7 @@ class WebServer(uvicorn.Server):
     def __init__(self, app: FastAPI, host: str, port: int, receive_timeout_s: float) -> None:
         super().__init__(
             uvicorn.Config(
-                app, host=host, port=port, http="httptools", log_config=None, access_log=False, lifespan="off"
+                app, host=host, port=port, http=_Connection, log_config=None, access_log=False, lifespan="off"
             )
         )
         self._receive_timeout_s = receive_timeout_s

@@ -220,6 +220,24 @@ async def test_a_stream_goes_on_behind_the_event_that_arrived_last(api, http, is
         assert [_unnamed(each) for each in again] == [_unnamed(each) for each in complete[place:]]
 
 
+async def test_a_stream_is_taken_up_again_by_whoever_gave_its_close_no_number(api, http):
+    path = await api.open()
+    complete = events((await http.post(f"{path}/close", json={"query": "?", "stream": True})).text)
+    cursor = next(number for number, _ in complete if number is not None)
+    again = events((await http.post(f"{path}/close", json={"stream": True, "cursor": cursor})).text)
+    place = [number for number, _ in complete].index(cursor) + 1
+    assert [_unnamed(each) for each in again] == [_unnamed(each) for each in complete[place:]]
+
+
+async def test_an_open_context_has_no_answer_to_go_on_with(api, http):
+    path = await api.open()
+    refused = await http.post(f"{path}/close", json={"stream": True, "cursor": 1})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "cursor"
+    assert (await http.get(path)).json()["status"] == "open"
+    assert (await http.delete(path)).status_code == 200
+
+
 @pytest.mark.parametrize("beyond", [1, 1000])
 async def test_a_stream_cannot_go_on_behind_an_event_that_never_was(api, http, beyond):
     path = await api.open()
