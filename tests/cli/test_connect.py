@@ -2,8 +2,11 @@
 
 import os
 
+import pytest
+
 from headrace.cli import state
 from headrace.cli.connect import router_address
+from headrace.errors import ConfigError
 
 
 def write_cluster(run_dir, started_s):
@@ -27,10 +30,17 @@ def test_a_named_address_comes_first(tmp_path):
     assert router_address("127.0.0.1:5", tmp_path) == "127.0.0.1:5"
 
 
-def test_no_cluster_means_the_default_port(tmp_path):
-    assert router_address(None, tmp_path) == "127.0.0.1:50051"
+def test_no_cluster_means_the_default_port(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HEADRACE_RUN_DIR", raising=False)
+    assert router_address(None, None) == "127.0.0.1:50051"
 
 
-def test_a_dead_cluster_is_none(tmp_path):
+def test_a_folder_that_is_named_must_have_a_cluster(tmp_path):
+    """What listens on the default port may be anybody's."""
+    with pytest.raises(ConfigError, match="no cluster runs"):
+        router_address(None, tmp_path)
     write_cluster(tmp_path, started_s=1.0)
-    assert router_address(None, tmp_path) == "127.0.0.1:50051"
+    with pytest.raises(ConfigError, match="no cluster runs"):
+        router_address(None, tmp_path)
+    assert router_address("127.0.0.1:5", tmp_path) == "127.0.0.1:5"

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headrace.errors import ConfigError
+
 if TYPE_CHECKING:
     from headrace import Answer, AsyncClient, AsyncStream, Client
 
@@ -41,8 +43,15 @@ async def connect_async(address: str | None, run_dir: Path | None) -> "AsyncClie
 
 
 def router_address(given: str | None, run_dir: Path | None) -> str:
-    """Return the address a command means: the given one, else that of the cluster that runs here."""
-    return given or _running(run_dir) or "127.0.0.1:50051"
+    """Return the address a command means: the given one, else that of the cluster that runs here.
+
+    Raises:
+        ConfigError: no cluster runs in the folder that was named.
+    """
+    found = given or _running(run_dir)
+    if found is None and run_dir is not None:
+        raise ConfigError(f"no cluster runs in {run_dir}: start one there, or give --address", field="run-dir")
+    return found or "127.0.0.1:50051"
 
 
 async def show(stream: "AsyncStream") -> "Answer":
