@@ -25,7 +25,7 @@ RECONNECT_S = 25.0
 """How long a context is taken up again after its connection broke: less than an ingestor keeps it."""
 
 ENVELOPE_BYTES = 32
-"""At least what a request has besides its operation: its number and its framing."""
+"""At most what a request has besides its operation: its number and its framing."""
 
 Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
 Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
