@@ -78,10 +78,17 @@ class UnknownContext(InvalidRequest):
     http_status = 404
 
 
+@dataclass(eq=False)
 class ContextOverflow(InvalidRequest):
-    """Prompt and answer together are longer than the model's context; the message has the number of tokens."""
+    """Prompt and answer together are longer than the model's context.
+
+    Attributes:
+        num_tokens: Tokens of the prompt; of a text too long to be tokenized, at least so many.
+    """
 
     code = "context_length_exceeded"
+
+    num_tokens: int = 0
 
 
 class Overloaded(HeadraceError):

@@ -92,8 +92,9 @@ def test_an_overflow_in_the_midst_leaves_a_context_that_can_be_shortened(start_c
     async def stream():
         async with AsyncClient(cluster.grpc) as client, client.context(mode="update", **GREEDY) as context:
             await context.append(TEXT[:20_000], "long")
-            with pytest.raises(ContextOverflow, match=r"\d{4,} tokens"):
+            with pytest.raises(ContextOverflow, match=r"\d{4,} tokens") as overflow:
                 await context.append(TEXT[20_000:60_000], "longer")
+            assert overflow.value.num_tokens > context.max_context_tokens - GREEDY["max_tokens"]
             await context.update([("short", "A short text.")])
             answer = await context.close(" Then?").answer()
             assert answer.token_ids == await one_shot(client, "A short text. Then?")
@@ -211,4 +212,6 @@ def test_the_demo_shows_both_ways(start_cluster):
     )
     assert streamed[0] == waited[0]
     assert int(waited[1]) == 0 < int(streamed[1])
+    refused = subprocess.run([*command, "--tokens", "20000"], capture_output=True, text=True, timeout=60)
+    assert (refused.returncode, "fewer --tokens" in refused.stderr) == (1, True), refused.stderr
     cluster.wait_quiet()

@@ -33,7 +33,15 @@ from headrace.core.wire import (
     token_to_proto,
     write_facts,
 )
-from headrace.errors import HeadraceError, InternalError, InvalidRequest, PeerMismatch, Saturated, by_code
+from headrace.errors import (
+    ContextOverflow,
+    HeadraceError,
+    InternalError,
+    InvalidRequest,
+    PeerMismatch,
+    Saturated,
+    by_code,
+)
 from headrace.v1 import errors_pb2, generate_pb2, kvstore_pb2, router_pb2
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -95,12 +103,12 @@ ERRORS = st.builds(
     limit=st.none() | st.text(min_size=1),
     retry_after_s=st.none() | st.integers(1, 10**6).map(lambda ms: ms / 1000),
     worker=st.none() | st.text(min_size=1),
-)
+) | st.builds(ContextOverflow, message=TEXT, num_tokens=UINT32)
 LAYOUT = KvLayout(num_layers=30, block_tokens=16, num_kv_heads=3, head_dim=64, dtype="bf16")
 
 
 def values(error):
-    return (type(error), error.message, error.field, error.limit, error.retry_after_s, error.worker)
+    return (type(error), vars(error))
 
 
 @given(SAMPLING)

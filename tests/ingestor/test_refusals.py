@@ -110,7 +110,7 @@ async def test_an_overflow_in_the_midst_tells_the_number_of_tokens_and_can_be_re
     await call.append(2, "y" * 20, "b")
     error = refusal(call)
     assert isinstance(error, ContextOverflow)
-    assert "410 tokens" in error.message
+    assert (error.num_tokens, "410 tokens" in error.message) == (410, True)
     assert (call.state.prompt_tokens, call.state.num_segments) == (390, 1)
     await call.operate(3, update=updated(("c", "short. ")))
     assert await closed(call, 4, "Why?") == "abc"

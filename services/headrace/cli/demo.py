@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cli.connect import Address, RunDir, connect_async
-from headrace.errors import InvalidRequest
+from headrace.errors import ContextOverflow, InvalidRequest
 
 if TYPE_CHECKING:
     from headrace import AsyncClient, AsyncContext, ContextState
@@ -44,6 +44,9 @@ def stream(
         client = runner.run(connect_async(address, run_dir))
         try:
             runner.run(_show_both(client, _pieces(tokens), seconds))
+        except ContextOverflow as error:
+            error.message += ": ask for fewer --tokens"
+            raise
         finally:
             runner.run(client.close())
 

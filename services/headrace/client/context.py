@@ -27,7 +27,7 @@ RECONNECT_S = 25.0
 ENVELOPE_BYTES = 32
 """At most what a request has besides its operation: its number and its framing."""
 
-Segments: TypeAlias = Iterable[tuple[str, str | bytes]]
+Segments: TypeAlias = Iterable[tuple[str, messages.Text]]
 Connect: TypeAlias = Callable[[ingestor_pb2.StreamContextRequest, float], ContextLink]
 """Returns a call that begins with a request and may take so many seconds."""
 
@@ -89,7 +89,7 @@ class AsyncContext:
         """How far it is, by what was heard last."""
         return self._open_link().state
 
-    async def append(self, text: str | bytes, segment: str | None = None) -> ContextState:
+    async def append(self, text: messages.Text, segment: str | None = None) -> ContextState:
         """Add text at the end.
 
         Args:

@@ -1,6 +1,7 @@
 """Turn calls of the SDK into messages and messages into its values; no I/O."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtobufMessage
@@ -10,6 +11,9 @@ from headrace.errors import InvalidRequest
 from headrace.v1 import cluster_pb2, generate_pb2, ingestor_pb2, router_pb2
 
 DEFAULT_TEMPERATURE = 1.0
+
+Text: TypeAlias = str | bytes | bytearray | memoryview
+"""Text to send: characters, or UTF-8."""
 
 _MODES = {"append": ingestor_pb2.CONTEXT_MODE_APPEND, "update": ingestor_pb2.CONTEXT_MODE_UPDATE}
 _MOST_TIMEOUT_S = 4_000_000.0
@@ -93,7 +97,7 @@ def context_request(
     return opening
 
 
-def segments_of(segments: Iterable[tuple[str, str | bytes]]) -> list[ingestor_pb2.ContextSegment]:
+def segments_of(segments: Iterable[tuple[str, Text]]) -> list[ingestor_pb2.ContextSegment]:
     """Write segments; raises InvalidRequest for one that is no pair of a name and a text."""
     written = []
     for index, segment in enumerate(segments):
@@ -108,10 +112,10 @@ def segments_of(segments: Iterable[tuple[str, str | bytes]]) -> list[ingestor_pb
     return written
 
 
-def utf8(text: str | bytes, field: str) -> bytes:
+def utf8(text: Text, field: str) -> bytes:
     """Return text as bytes; raises InvalidRequest if it has none in UTF-8."""
-    if isinstance(text, bytes):
-        return text
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
     try:
         return text.encode()
     except (AttributeError, UnicodeEncodeError) as error:

@@ -83,7 +83,7 @@ class ContextState:
         num_tokens: Tokens of the prompt so far; of a long text without any place to cut it, at least so many.
         num_computed: Leading tokens whose KV is computed.
         is_closed: Whether it is closed.
-        num_segments: Segments of the context; 0 once it is closed.
+        num_segments: Segments of the context.
     """
 
     applied: int = 0

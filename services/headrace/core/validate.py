@@ -198,6 +198,7 @@ def check_room(num_prompt: int, max_tokens: int, limits: RequestLimits, *, name:
             f"tokens; the context of {limits.model} holds {limits.max_context_tokens}",
             field=name,
             limit=f"{limits.max_context_tokens} tokens of prompt and answer together",
+            num_tokens=num_prompt,
         )
 
 
@@ -219,6 +220,7 @@ def check_prompt_length(num_tokens: int, limits: RequestLimits, *, name: str = "
             "and answer together",
             field=name,
             limit=f"{context - 1} tokens",
+            num_tokens=num_tokens,
         )
 
 

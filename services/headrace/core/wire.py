@@ -22,7 +22,7 @@ from headrace.core.request import (
     Token,
     Usage,
 )
-from headrace.errors import HeadraceError, InternalError, InvalidRequest, PeerMismatch, by_code
+from headrace.errors import ContextOverflow, HeadraceError, InternalError, InvalidRequest, PeerMismatch, by_code
 from headrace.v1 import block_pb2, errors_pb2, generate_pb2, ingestor_pb2, kvstore_pb2, pool_pb2, router_pb2
 
 SHOWN_LEASE_CHARS = 8
@@ -294,19 +294,23 @@ def error_to_detail(error: HeadraceError, worker: str = "") -> errors_pb2.ErrorD
         # 0 means "a retry would not help", so a retry that may come at once asks for 1 ms.
         retry_after_ms=0 if wait_ms is None else max(1, math.ceil(wait_ms)),
         worker=error.worker or worker,
+        num_tokens=error.num_tokens if isinstance(error, ContextOverflow) else 0,
     )
 
 
 def error_from_detail(detail: errors_pb2.ErrorDetail) -> HeadraceError:
     """Read an error of the class its code names; an unknown code is an InternalError that says it."""
     kind = by_code().get(detail.code)
-    return (kind or InternalError)(
+    error = (kind or InternalError)(
         message=detail.message if kind else f"{detail.message} (unknown error code {detail.code!r})",
         field=detail.field or None,
         limit=detail.limit or None,
         retry_after_s=detail.retry_after_ms / 1000 if detail.retry_after_ms else None,
         worker=detail.worker or None,
     )
+    if isinstance(error, ContextOverflow):
+        error.num_tokens = detail.num_tokens
+    return error
 
 
 def holder_to_proto(holder: Holder, now_s: float) -> pool_pb2.LeaseReport:

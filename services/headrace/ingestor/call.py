@@ -168,4 +168,5 @@ def _opened(session: Session) -> ingestor_pb2.ContextOpened:
         max_context_tokens=opening.limits.max_context_tokens,
         is_chat=opening.is_chat,
         mode=mode_to_proto(opening.mode),
+        request_id=opening.request.request_id,
     )

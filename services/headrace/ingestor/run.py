@@ -14,7 +14,7 @@ from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, Internal
 from headrace.ingestor.parts import IngestParts
 from headrace.ingestor.repeated import RepeatedAnswer
 from headrace.ingestor.routers import is_movable, metadata_of
-from headrace.ingestor.session import Session
+from headrace.ingestor.session import Session, overdue
 from headrace.runtime.channels import translate_errors
 from headrace.v1 import generate_pb2, router_pb2
 
@@ -113,6 +113,8 @@ class RouterRun:
             if isinstance(error, Cancelled):
                 # Nobody here cancelled it: the router has left.
                 error = PeerFailed("the router left during the call", worker=address)
+            if isinstance(error, DeadlineExceeded):
+                error = overdue()  # Clients do not know the router by the address it has here.
             if is_movable(error):
                 routers.avoid(address)
             raise error
@@ -124,7 +126,7 @@ class RouterRun:
     def _remaining_s(self) -> float:
         left_s = (self._session.opening.deadline_unix_ms - self._parts.clock.unix_ms()) / 1000
         if left_s <= 0:
-            raise DeadlineExceeded("the deadline passed before the answer was complete", field="timeout")
+            raise overdue()
         return left_s
 
     # -- To the router -------------------------------------------------------------

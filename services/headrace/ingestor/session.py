@@ -22,7 +22,7 @@ from headrace.core.context import (
 )
 from headrace.core.request import Piece
 from headrace.core.validate import RequestLimits, check_prompt_length, check_room
-from headrace.errors import Cancelled, HeadraceError, InternalError, InvalidRequest
+from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError, InvalidRequest
 from headrace.ingestor.parts import IngestParts
 from headrace.ingestor.prompt import PlainPrompt, PromptText
 from headrace.ingestor.segments import SegmentedText
@@ -74,6 +74,11 @@ class Opening:
     num_chars_around: int = 0
 
 
+def overdue() -> DeadlineExceeded:
+    """Return why a context ends whose own deadline has passed."""
+    return DeadlineExceeded("the deadline passed before the answer was complete", field="timeout")
+
+
 class Session:
     """Owns the text and the tokens of one context, and the pieces of its answer.
 
@@ -116,6 +121,7 @@ class Session:
         self._growing = GrowingTokens(parts.model, parts.cuts)
         self._turn = asyncio.Lock()
         self._segments = SegmentedText()
+        self._num_segments = 0
         self._applied = 0
         self._refusals: dict[int, HeadraceError] = {}
         self._digests: dict[int, int] = {}
@@ -162,7 +168,7 @@ class Session:
             num_tokens=self._num_tokens,
             num_computed=self._num_computed,
             is_closed=self.is_closed,
-            num_segments=len(self._segments.ids),
+            num_segments=self._num_segments,
         )
 
     def notify(self) -> None:
@@ -305,7 +311,7 @@ class Session:
         except HeadraceError:
             await off_loop(growing.num_unsettled(before), lambda: growing.replace(before))
             raise
-        self._segments, self._num_tokens = segments, num_tokens
+        self._segments, self._num_segments, self._num_tokens = segments, len(segments.ids), num_tokens
         self._know(list(growing.stable))
 
     async def _close(self, query: str) -> None:

@@ -25,7 +25,7 @@ from headrace.errors import (
 from headrace.ingestor.parts import FULL_RETRY_S, IngestParts
 from headrace.ingestor.prompt import ChatPrompt, PlainPrompt, PromptText
 from headrace.ingestor.run import RouterRun
-from headrace.ingestor.session import Opening, Session
+from headrace.ingestor.session import Opening, Session, overdue
 from headrace.runtime.off_loop import off_loop
 from headrace.v1 import router_pb2
 
@@ -182,7 +182,7 @@ class Sessions:
         if session.has_ended:
             return None
         if self._parts.clock.unix_ms() >= session.opening.deadline_unix_ms:
-            return DeadlineExceeded("the deadline passed before the answer was complete", field="timeout")
+            return overdue()
         if not (session.is_closed or session.is_awaited) and now_s >= session.active_s + config.idle_s:
             return DeadlineExceeded(
                 f"nothing came for the context for {config.idle_s:g} s", field="operation", limit=f"{config.idle_s:g} s"

@@ -30,6 +30,7 @@ class ErrorDetail(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """Stable word for the kind of error, for example "invalid_request" or "overloaded"."""
     message: _builtins.str
@@ -42,6 +43,8 @@ class ErrorDetail(_message.Message):
     """Milliseconds to wait before a retry; 0 when a retry would not help."""
     worker: _builtins.str
     """Name of the worker that raised the error; empty when it was the router."""
+    num_tokens: _builtins.int
+    """Tokens of a prompt that is too long, or at least so many; 0 in other errors."""
     def __init__(
         self,
         *,
@@ -51,10 +54,11 @@ class ErrorDetail(_message.Message):
         limit: _builtins.str = ...,
         retry_after_ms: _builtins.int = ...,
         worker: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "limit", b"limit", "message", b"message", "retry_after_ms", b"retry_after_ms", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "field", b"field", "limit", b"limit", "message", b"message", "num_tokens", b"num_tokens", "retry_after_ms", b"retry_after_ms", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -391,6 +391,7 @@ class ContextOpened(_message.Message):
     IS_CHAT_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Unguessable name for `resume`; it counts together with the tenant."""
     model: _builtins.str
@@ -405,6 +406,8 @@ class ContextOpened(_message.Message):
     """Most bytes of a request; a larger one ends the call. Set by the router that passes the call
     on; 0 says nothing.
     """
+    request_id: _builtins.str
+    """Name of the request that the answer is to: that of the open, or one made for it."""
     def __init__(
         self,
         *,
@@ -414,10 +417,11 @@ class ContextOpened(_message.Message):
         is_chat: _builtins.bool = ...,
         mode: Global___ContextMode.ValueType = ...,
         max_request_bytes: _builtins.int = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "max_request_bytes", b"max_request_bytes", "mode", b"mode", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "max_request_bytes", b"max_request_bytes", "mode", b"mode", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,7 +453,7 @@ class ContextState(_message.Message):
     is_closed: _builtins.bool
     """Whether it is closed."""
     num_segments: _builtins.int
-    """Segments of the context; 0 once it is closed."""
+    """Segments of the context."""
     answered_sequence: _builtins.int
     """Last operation of this call that was carried out, answered again or refused; 0 before the first."""
     def __init__(

@@ -34,12 +34,14 @@ async def test_every_change_is_in_the_state_that_its_method_returns(place):
     async with client.context(mode="update") as context:
         states = [
             await context.append("one ", "a"),
-            await context.append("two "),
-            await context.append("three ", "b"),
+            await context.append(bytearray(b"two ")),
+            await context.append(memoryview(b"three "), "b"),
             await context.replace("b", [("c", "four "), ("d", b"five ")]),
             await context.update([("c", "four ")]),
             await context.checkpoint(),
         ]
+        await context.close().answer()
+        assert (context.state.is_closed, context.state.num_segments) == (True, 1)
     assert [state.applied for state in states] == [1, 2, 3, 4, 5, 6]
     assert [state.num_tokens for state in states] == [4, 8, 14, 18, 5, 5]
     assert [state.num_segments for state in states] == [1, 1, 2, 3, 1, 1]
@@ -305,7 +307,7 @@ async def test_the_deadline_ends_a_context(place):
     client = await found.client()
     async with client.context(timeout_s=0.3) as context:
         await context.append("some text. ")
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match="before the answer was complete"):
             await context.close().answer()
     await found.frontend.until(ended=1)
 

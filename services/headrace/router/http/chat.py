@@ -22,6 +22,7 @@ from headrace.router.http.prompts import (
     generation_requests,
     request_draft,
 )
+from headrace.router.http.request_id import internal_id
 from headrace.router.http.sse import DONE, ChunkWriter, encode_json, error_event, usage_value
 from headrace.router.tokens import refuse_long_text
 
@@ -41,7 +42,7 @@ async def chat_completions(request: Request, context: HttpContext) -> Response:
         "chat.completion.chunk" if body.stream else "chat.completion",
         prefix="chatcmpl",
         model=model,
-        request=request,
+        request_id=internal_id(request),
         context=context,
     )
     if not body.stream:

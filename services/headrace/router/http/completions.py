@@ -16,6 +16,7 @@ from headrace.router.http.delivery import EventSender, EventStream, run_requests
 from headrace.router.http.head import answer_head, stream_wants_usage
 from headrace.router.http.logprobs import CompletionLogprobs
 from headrace.router.http.prompts import generation_requests, request_draft, text_tokens
+from headrace.router.http.request_id import internal_id
 from headrace.router.http.sse import DONE, ChunkWriter, encode_json, error_event, usage_value
 from headrace.router.tokens import refuse_long_text
 
@@ -41,7 +42,7 @@ async def completions(request: Request, context: HttpContext) -> Response:
     )
     requests = generation_requests(draft, tokens, model, context)
     echoes = _echoes(prompts, model) if body.echo else ("",) * len(prompts)
-    head = answer_head("text_completion", prefix="cmpl", model=model, request=request, context=context)
+    head = answer_head("text_completion", prefix="cmpl", model=model, request_id=internal_id(request), context=context)
     shape = _CompletionShape(requests, echoes, model)
     if not body.stream:
         await until_disconnect(request.receive, run_requests(context.frontend, requests, shape.answer.collect))

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.core.request import Piece, Token, Usage
@@ -21,7 +20,6 @@ class ContextStream:
 
     Args:
         opened: What the context is.
-        request: The HTTP request.
         context: Has clock and models.
         has_usage: Whether the client asked for usage.
     """
@@ -29,7 +27,6 @@ class ContextStream:
     def __init__(
         self,
         opened: ingestor_pb2.ContextOpened,
-        request: Request,
         context: HttpContext,
         *,
         has_usage: bool,
@@ -39,7 +36,7 @@ class ContextStream:
         self._is_chat = opened.is_chat
         self._has_usage = has_usage
         self._usage = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
-        head = _head(opened, request, context, is_stream=True)
+        head = _head(opened, context, is_stream=True)
         self._writer = ChunkWriter(head, "delta" if opened.is_chat else "text", has_usage=has_usage)
 
     def events(self, number: int, piece: Piece) -> bytes:
@@ -75,9 +72,7 @@ class ContextStream:
         return encode_json(chat_logprobs(self._text, shown) if self._is_chat else self._logprobs.take(shown))
 
 
-def whole_answer(
-    pieces: Sequence[Piece], opened: ingestor_pb2.ContextOpened, request: Request, context: HttpContext
-) -> Response:
+def whole_answer(pieces: Sequence[Piece], opened: ingestor_pb2.ContextOpened, context: HttpContext) -> Response:
     """Return all pieces of an answer as one."""
     text = "".join(piece.text for piece in pieces)
     shown = _with_logprobs([token for piece in pieces for token in piece.tokens])
@@ -87,7 +82,7 @@ def whole_answer(
         **_content(text, shown, context.frontend.model(opened.model).text, opened),
         "finish_reason": pieces[-1].finish,
     }
-    value: dict[str, object] = {**_head(opened, request, context, is_stream=False), "choices": [choice]}
+    value: dict[str, object] = {**_head(opened, context, is_stream=False), "choices": [choice]}
     if usage is not None:
         value["usage"] = usage_value(usage)
     return Response(encode_json(value), media_type="application/json")
@@ -106,12 +101,10 @@ def _with_logprobs(tokens: Sequence[Token]) -> list[Token]:
     return [token for token in tokens if token.logprob is not None]
 
 
-def _head(
-    opened: ingestor_pb2.ContextOpened, request: Request, context: HttpContext, *, is_stream: bool
-) -> dict[str, object]:
+def _head(opened: ingestor_pb2.ContextOpened, context: HttpContext, *, is_stream: bool) -> dict[str, object]:
     if opened.is_chat:
         kind, prefix = "chat.completion.chunk" if is_stream else "chat.completion", "chatcmpl"
     else:
         kind, prefix = "text_completion", "cmpl"
     model = context.frontend.model(opened.model)
-    return answer_head(kind, prefix=prefix, model=model, request=request, context=context)
+    return answer_head(kind, prefix=prefix, model=model, request_id=opened.request_id, context=context)

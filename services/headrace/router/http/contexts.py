@@ -128,7 +128,7 @@ async def close_context(request: Request, context: HttpContext) -> Response:
 
     async def produce(sender: EventSender) -> None:
         async with _closed(body, request, context) as link:
-            stream = ContextStream(link.opened, request, context, has_usage=wants_usage)
+            stream = ContextStream(link.opened, context, has_usage=wants_usage)
             # All of it, for places in the text count from its beginning.
             number = 0
             async for number, piece in _pieces(link):
@@ -146,7 +146,7 @@ async def close_context(request: Request, context: HttpContext) -> Response:
 async def _whole(body: CloseBody, request: Request, context: HttpContext) -> Response:
     async with _closed(body, request, context) as link:
         pieces = [piece async for _, piece in _pieces(link)]
-        return whole_answer(pieces, link.opened, request, context)
+        return whole_answer(pieces, link.opened, context)
 
 
 @asynccontextmanager

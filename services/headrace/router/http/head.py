@@ -1,28 +1,25 @@
 """Fields at the head of every answer, and what a stream was asked to carry."""
 
-from starlette.requests import Request
-
 from headrace.errors import InvalidRequest
 from headrace.router.frontend import ServedModel
 from headrace.router.http.bodies import SamplingBody
 from headrace.router.http.context import HttpContext
-from headrace.router.http.request_id import internal_id
 
 
 def answer_head(
-    kind: str, *, prefix: str, model: ServedModel, request: Request, context: HttpContext
+    kind: str, *, prefix: str, model: ServedModel, request_id: str, context: HttpContext
 ) -> dict[str, object]:
     """Return the fields that all chunks of an answer, or the whole answer, start with.
 
     Args:
         kind: Value of `object`.
-        prefix: Start of the id, which ends in the request's internal id.
+        prefix: Start of the id.
         model: The model asked.
-        request: The HTTP request.
+        request_id: Rest of the id: unique, and what logs call the request.
         context: Has the clock.
     """
     return {
-        "id": f"{prefix}-{internal_id(request)}",
+        "id": f"{prefix}-{request_id}",
         "object": kind,
         "created": context.clock.unix_ms() // 1000,
         "model": model.name,

@@ -217,7 +217,7 @@ async def test_a_stream_goes_on_behind_the_event_that_arrived_last(api, http, is
     for cursor in ids:
         place = [number for number, _ in complete].index(cursor) + 1
         again = events((await http.post(f"{path}/close", json={**close, "cursor": cursor})).text)
-        assert [_unnamed(each) for each in again] == [_unnamed(each) for each in complete[place:]]
+        assert [_untimed(each) for each in again] == [_untimed(each) for each in complete[place:]]
 
 
 async def test_a_stream_is_taken_up_again_by_whoever_gave_its_close_no_number(api, http):
@@ -226,7 +226,7 @@ async def test_a_stream_is_taken_up_again_by_whoever_gave_its_close_no_number(ap
     cursor = next(number for number, _ in complete if number is not None)
     again = events((await http.post(f"{path}/close", json={"stream": True, "cursor": cursor})).text)
     place = [number for number, _ in complete].index(cursor) + 1
-    assert [_unnamed(each) for each in again] == [_unnamed(each) for each in complete[place:]]
+    assert [_untimed(each) for each in again] == [_untimed(each) for each in complete[place:]]
 
 
 async def test_an_open_context_has_no_answer_to_go_on_with(api, http):
@@ -249,9 +249,9 @@ async def test_a_stream_cannot_go_on_behind_an_event_that_never_was(api, http, b
     assert str(last) in response.json()["error"]["message"]
 
 
-def _unnamed(event):
+def _untimed(event):
     number, chunk = event
-    return number, chunk if chunk == "[DONE]" else {**chunk, "id": "", "created": 0}
+    return number, chunk if chunk == "[DONE]" else {**chunk, "created": 0}
 
 
 async def test_a_close_whose_connection_broke_is_sent_again_and_answered_once(
@@ -304,6 +304,7 @@ async def test_a_whole_answer_is_given_again(api, http, frontend):
     first, again = [(await http.post(f"{path}/close", json=close)).json() for _ in range(2)]
     assert first["choices"] == again["choices"]
     assert first["usage"] == again["usage"]
+    assert first["id"] == again["id"]
     assert len(frontend.requests) == 1
 
 
