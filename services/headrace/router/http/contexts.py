@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import cast
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -39,6 +40,11 @@ CALL_TIMEOUT_S = 30.0
 
 MOST_TIMEOUT_S = 4_000_000.0
 """What the wire carries in milliseconds; the ingestor allows far less."""
+
+LAST_EVENT = "Last-Event-ID"
+
+MOST_CURSOR_DIGITS = 10
+"""Ids of events are counts; a header with anything else is of another stream."""
 
 _NAMES = {
     SEQUENCE_FIELD: "sequence",
@@ -119,18 +125,16 @@ async def close_context(request: Request, context: HttpContext) -> Response:
         raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
     if body.cursor is not None and not body.stream:
         raise InvalidRequest("cursor needs stream to be true", field="cursor")
-    cursor = body.cursor or 0
-    if cursor < 0:
-        raise InvalidRequest(f"cursor must be the id of an event, found {cursor}", field="cursor", limit="at least 0")
     if not body.stream:
         return await until_disconnect(request.receive, _whole(body, request, context))
+    body = msgspec.structs.replace(body, cursor=_cursor(body.cursor, request))
     wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
 
     async def produce(sender: EventSender) -> None:
         async with _closed(body, request, context) as link:
             stream = ContextStream(link.opened, context, has_usage=wants_usage)
             # All of it, for places in the text count from its beginning.
-            number = 0
+            cursor, number = body.cursor or 0, 0
             async for number, piece in _pieces(link):
                 events = stream.events(number, piece)
                 if events and number > cursor:
@@ -141,6 +145,20 @@ async def close_context(request: Request, context: HttpContext) -> Response:
             await sender.write(stream.ending())
 
     return EventStream(produce, error_event)
+
+
+def _cursor(given: int | None, request: Request) -> int | None:
+    """Return the id of the last event that has arrived: as it is given, or as clients of events say it by themselves.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    last = request.headers.get(LAST_EVENT)
+    if given is None and last is not None and last.isascii() and last.isdigit() and len(last) < MOST_CURSOR_DIGITS:
+        return int(last)
+    if given is not None and given < 0:
+        raise InvalidRequest(f"cursor must be the id of an event, found {given}", field="cursor", limit="at least 0")
+    return given
 
 
 async def _whole(body: CloseBody, request: Request, context: HttpContext) -> Response:

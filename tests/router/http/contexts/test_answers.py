@@ -229,6 +229,25 @@ async def test_a_stream_is_taken_up_again_by_whoever_gave_its_close_no_number(ap
     assert [_untimed(each) for each in again] == [_untimed(each) for each in complete[place:]]
 
 
+async def test_a_client_of_events_that_asks_again_by_itself_gets_what_it_lacks(api, http):
+    path = await api.open()
+    close = {"query": "?", "stream": True}
+    complete = events((await http.post(f"{path}/close", json=close)).text)
+    cursor = next(number for number, _ in complete if number is not None)
+    again = events((await http.post(f"{path}/close", json=close, headers={"Last-Event-ID": str(cursor)})).text)
+    place = [number for number, _ in complete].index(cursor) + 1
+    assert [_untimed(each) for each in again] == [_untimed(each) for each in complete[place:]]
+
+
+@pytest.mark.parametrize("last", ["", "-1", "x", "1" * 40, "²"])
+async def test_the_last_event_of_something_else_is_no_cursor(api, http, last):
+    path = await api.open()
+    answer = await http.post(
+        f"{path}/close", json={"query": "?", "stream": True}, headers={"Last-Event-ID": last.encode()}
+    )
+    assert events(answer.text)[-1] == (None, "[DONE]")
+
+
 async def test_an_open_context_has_no_answer_to_go_on_with(api, http):
     path = await api.open()
     refused = await http.post(f"{path}/close", json={"stream": True, "cursor": 1})
