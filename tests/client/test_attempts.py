@@ -21,15 +21,25 @@ def clock():
     return VirtualClock()
 
 
-def attempts(clock, timeout_s=None, retries=10, jitter=0.0):
+def attempts(clock, timeout_s=None, retries=10, jitter=0.0, patience_s=None):
     policy = CallPolicy(timeout_s=100.0, retries=retries, clock=clock, jitter=lambda: jitter)
-    return Attempts(policy, timeout_s)
+    return Attempts(policy, timeout_s, patience_s)
 
 
 def test_pauses_double_up_to_a_bound(clock):
     tries = attempts(clock)
     pauses = [tries.pause_s(NotReady("x")) for _ in range(8)]
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+def test_whoever_has_a_time_tries_often_in_it_and_no_longer(clock):
+    tries, pauses = attempts(clock, retries=1, patience_s=3.0), []
+    while clock.now() < 3.0:
+        pauses.append(tries.pause_s(NotReady("x")))
+        clock.advance(pauses[-1])
+    with pytest.raises(NotReady):
+        tries.pause_s(NotReady("x"))
+    assert pauses[:4] == pytest.approx([0.1, 0.2, 0.3, 0.3])
 
 
 def test_a_longer_wait_that_the_server_asks_for_is_honoured(clock):

@@ -156,6 +156,16 @@ async def test_a_router_that_has_no_place_is_asked_again_while_the_context_is_op
     assert (await first.finish()).text == "abc"
 
 
+async def test_a_router_whose_call_is_too_late_is_not_named_to_the_client(routers, caller):
+    router = await routers()
+    router.frontend.refusals = [DeadlineExceeded(f"the deadline passed while {router.address} worked")]
+    _, call = await caller(routers=[router.address])
+    first = await call().open()
+    await first.append(1, "one two ")
+    with pytest.raises(DeadlineExceeded, match="before the answer was complete"):
+        await first.finish()
+
+
 async def test_what_no_other_attempt_can_mend_ends_the_context(routers, caller):
     router = await routers()
     router.frontend.refusals = [InvalidRequest("no", field="cache_scope")]

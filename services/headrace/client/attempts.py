@@ -18,6 +18,8 @@ from headrace.errors import (
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 5.0
 JITTER_SHARE = 0.5
+PATIENCE_SHARE = 0.1
+"""Longest pause as a share of the time for which attempts are made: there shall be some in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,8 @@ class Attempts:
         """
         if not _can_retry(error) or self._is_used_up():
             raise error
-        backoff_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0**self._num_pauses)
+        most_s = MAX_PAUSE_S if self._patience_s is None else min(MAX_PAUSE_S, PATIENCE_SHARE * self._patience_s)
+        backoff_s = min(most_s, FIRST_PAUSE_S * 2.0**self._num_pauses)
         self._num_pauses += 1
         pause_s = max(backoff_s, error.retry_after_s or 0.0) * (1 + JITTER_SHARE * self._policy.jitter())
         if pause_s >= self.begun_s + self._timeout_s - self._policy.clock.now():

@@ -22,7 +22,10 @@ LINGER_S = 0.2
 """Longest wait for a call to end by itself, which it does soon after the answer's end or the abandoning."""
 
 RECONNECT_S = 25.0
-"""How long a context is taken up again after its connection broke: less than an ingestor keeps it."""
+"""How long a context is taken up again after its connection broke if its ingestor does not say how long it stays."""
+
+MIN_RECONNECT_S = 5.0
+"""At least so long: whoever comes too late is told so, and knows then that nothing was carried out any more."""
 
 ENVELOPE_BYTES = 32
 """At most what a request has besides its operation: its number and its framing."""
@@ -37,9 +40,9 @@ class AsyncContext:
 
     Text is exactly what is sent: prefix, context and query are joined without anything between them. Every method
     returns, or raises, when the cluster has carried the change out or refused it; one that is refused changes nothing,
-    and the context goes on. A connection that breaks is made anew, for up to 25 s unless the client makes no
-    retries. A change whose method is cancelled may be carried out, and is when another one follows. Leaving the block
-    before the answer is complete abandons the context.
+    and the context goes on. A connection that breaks is made anew, for as long as the ingestor keeps the context,
+    unless the client makes no retries. A change whose method is cancelled may be carried out, and is when another one
+    follows. Leaving the block before the answer is complete abandons the context.
 
     Args:
         connect: Makes a call.
@@ -224,7 +227,7 @@ class AsyncContext:
             error: Why.
         """
         async with self._mending:
-            attempts = self._new_attempts(RECONNECT_S)
+            attempts = self._new_attempts(max(MIN_RECONNECT_S, link.opened.grace_ms / 1000 or RECONNECT_S))
             while self._link is link:
                 await self._pause(attempts.pause_s(error))
                 self._first.resume.cursor = self._cursor

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
@@ -169,4 +170,5 @@ def _opened(session: Session) -> ingestor_pb2.ContextOpened:
         is_chat=opening.is_chat,
         mode=mode_to_proto(opening.mode),
         request_id=opening.request.request_id,
+        grace_ms=math.ceil(session.grace_s * 1000),
     )

@@ -156,6 +156,11 @@ class Session:
         return self._parts.config.max_segments
 
     @property
+    def grace_s(self) -> float:
+        """How long it stays when nobody is there for it."""
+        return self._parts.config.grace_s
+
+    @property
     def is_awaited(self) -> bool:
         """Whether a checkpoint is waited for."""
         return bool(self._checkpoints)

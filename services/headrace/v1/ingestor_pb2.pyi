@@ -392,6 +392,7 @@ class ContextOpened(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRACE_MS_FIELD_NUMBER: _builtins.int
     context_id: _builtins.str
     """Unguessable name for `resume`; it counts together with the tenant."""
     model: _builtins.str
@@ -408,6 +409,8 @@ class ContextOpened(_message.Message):
     """
     request_id: _builtins.str
     """Name of the request that the answer is to: that of the open, or one made for it."""
+    grace_ms: _builtins.int
+    """How long it stays when nobody is there for it, in milliseconds; 0 says nothing."""
     def __init__(
         self,
         *,
@@ -418,10 +421,11 @@ class ContextOpened(_message.Message):
         mode: Global___ContextMode.ValueType = ...,
         max_request_bytes: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        grace_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "max_request_bytes", b"max_request_bytes", "mode", b"mode", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_id", b"context_id", "grace_ms", b"grace_ms", "is_chat", b"is_chat", "max_context_tokens", b"max_context_tokens", "max_request_bytes", b"max_request_bytes", "mode", b"mode", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

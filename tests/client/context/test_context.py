@@ -307,7 +307,7 @@ async def test_the_deadline_ends_a_context(place):
     client = await found.client()
     async with client.context(timeout_s=0.3) as context:
         await context.append("some text. ")
-        with pytest.raises(DeadlineExceeded, match="before the answer was complete"):
+        with pytest.raises(DeadlineExceeded):
             await context.close().answer()
     await found.frontend.until(ended=1)
 
