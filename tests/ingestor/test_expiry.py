@@ -301,7 +301,7 @@ async def test_the_text_of_a_context_that_was_given_up_is_not_kept(timed):
     with pytest.raises(DeadlineExceeded):
         await first.finish()
     assert session._growing.text == ""
-    assert session.state().num_segments == 0
+    assert session._segments.text == ""
 
 
 async def test_an_ingestor_that_leaves_opens_no_context_but_serves_those_that_are_there(caller):
