@@ -34,12 +34,13 @@ MOST_RSS_BYTES = 12 << 20
 SETTINGS = (
     "worker.kv_memory_bytes=90000000",
     "worker.swap_memory_bytes=30000000",
-    "kvstore.memory_bytes=45000000",
+    "kvstore.memory_bytes=15000000",
     "ingestor.max_tenant_streams=256",
     "ingestor.grace_s=2.0",
     "router.max_contexts=300",
 )
-"""Blocks for some twelve contexts of two hundred, and copies of four: full, and all pages touched, in the warm-up."""
+"""Blocks for some twelve contexts of two hundred, copies of four, and a store of twenty: contexts that are dropped store
+none. All are full, and all their pages touched, in the warm-up."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(SOAK_S * 2 + 600)]
 
