@@ -39,8 +39,8 @@ SETTINGS = (
     "ingestor.grace_s=2.0",
     "router.max_contexts=300",
 )
-"""Blocks for some twelve contexts of two hundred, copies of four, and a store of twenty: contexts that are dropped store
-none. All are full, and all their pages touched, in the warm-up."""
+"""Blocks for some twelve contexts of two hundred, copies of four, and a store of twenty: dropped contexts store none.
+All are full, and all their pages touched, in the warm-up."""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(SOAK_S * 2 + 600)]
 
