@@ -158,6 +158,23 @@ async def test_a_context_whose_checkpoint_is_not_reached_yet_is_not_idle(timed, 
         await first.finish()
 
 
+async def test_a_checkpoint_that_nobody_waits_for_keeps_no_context(timed, frontend):
+    ingestor, call, pass_s, gone = timed
+    frontend.is_computing = False
+    first = await call().open(is_unattended=True)
+    await first.append(1, "some text. ")
+    await first.operate(2, checkpoint=CHECKPOINT)
+    pass_s(2 * IDLE_S)
+    assert ingestor.sessions.live()
+    first.leave()
+    await gone()
+    pass_s(IDLE_S - 1.0)
+    assert ingestor.sessions.live()
+    pass_s(1.0)
+    assert not ingestor.sessions.live()
+    await ingestor.at_rest()
+
+
 async def test_a_client_that_opens_and_never_reads_holds_nothing_beyond_the_idle_time(timed, frontend):
     ingestor, call, pass_s, _ = timed
     silent = call()

@@ -232,11 +232,13 @@ async def test_one_tenant_has_only_so_many_contexts(tmp_path, roles, prompt_of):
         await fleet.at_rest()
 
 
-async def test_a_context_of_which_nothing_comes_is_given_up(tmp_path, roles, prompt_of):
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 9])
+async def test_a_context_of_which_nothing_comes_is_given_up(tmp_path, roles, prompt_of, num_tokens):
     async with open_fleet(tmp_path, roles("p0 d0")) as fleet:
         fleet.live._config = dataclasses.replace(fleet.live._config, context_idle_s=0.2)
         with pytest.raises(DeadlineExceeded, match="nothing came"):
-            await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, 9)), 0, silence()))
+            async with asyncio.timeout(5.0):
+                await collect(fleet.live.submit_context(request_of(fleet, prompt_of(1, num_tokens)), 0, silence()))
         await fleet.at_rest()
 
 

@@ -4,8 +4,8 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 QUESTION = "\n\nIn one sentence: what is this text about?"
 NUM_PIECES = 24
+MOST_SECONDS = 300.0
+"""Less than a context may take, with time for its answer."""
 MAX_ANSWER_TOKENS = 48
 CHARS_PER_TOKEN = 4
 """About; how many tokens a text has is asked of the cluster."""
@@ -35,7 +37,9 @@ def _group() -> None:
 @demo.command()
 def stream(
     tokens: Annotated[int, typer.Option("--tokens", min=64, help="About so many tokens of context.")] = 3000,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Over which they arrive.")] = 6.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, max=MOST_SECONDS, help="Over which they arrive.")
+    ] = 6.0,
     address: Address = None,
     run_dir: RunDir = None,
 ) -> None:
@@ -69,7 +73,12 @@ class _Run:
 
 
 async def _show_both(client: "AsyncClient", pieces: Sequence[str], seconds: float) -> None:
-    num_tokens = len(await client.tokenize("".join(pieces)))
+    num_tokens, model = len(await client.tokenize("".join(pieces))), (await client.models())[0]
+    if num_tokens + MAX_ANSWER_TOKENS > model.max_context_tokens:
+        room = model.max_context_tokens - MAX_ANSWER_TOKENS
+        raise ContextOverflow(
+            f"{num_tokens} tokens of context; {model.name} has room for {room}", num_tokens=num_tokens
+        )
     typer.echo(f"A context of {num_tokens} tokens arrives in {len(pieces)} pieces over {seconds:g} s.\n")
     typer.secho("Computed while it arrives", bold=True)
     streamed = await _run(client, pieces, num_tokens, seconds, waits=False)
@@ -97,44 +106,50 @@ def _tell(run: _Run) -> None:
 
 
 async def _run(client: "AsyncClient", pieces: Sequence[str], num_tokens: int, seconds: float, *, waits: bool) -> _Run:
-    # A salt of its own: neither way may find what the other has cached.
-    async with (
-        client.context(
-            chat=[], max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, cache_salt=secrets.token_hex(8)
-        ) as context,
-        _bars(context, num_tokens) as arrived,
-    ):
-        last_s = await _feed(context, pieces, seconds, arrived, waits=waits)
-        num_computed = context.state.num_computed
+    with _bars(num_tokens) as (arrived, show):
+        arriving = _arriving(pieces, seconds, arrived)
         if waits:
-            await context.append("".join(pieces))
-        answer = context.close(QUESTION)
-        texts, first_s = [], 0.0
-        async for piece in answer:
-            first_s = first_s or time.perf_counter() - last_s
-            texts.append(piece.text)
-            num_tokens = piece.usage.prompt_tokens if piece.usage is not None else num_tokens
+            # Whoever waits has no use for a context before, and one that nothing comes for would be given up.
+            for _ in pieces[:-1]:
+                await anext(arriving)
+        # A salt of its own: neither way may find what the other has cached.
+        async with (
+            client.context(
+                chat=[], max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, cache_salt=secrets.token_hex(8)
+            ) as context,
+            _followed(context, show),
+        ):
+            last_s = time.perf_counter()
+            async for piece in arriving:
+                last_s = time.perf_counter()
+                if not waits:
+                    await context.append(piece)
+            num_computed = context.state.num_computed
+            if waits:
+                await context.append("".join(pieces))
+            first_s, texts = 0.0, []
+            async for answered in context.close(QUESTION):
+                first_s = first_s or time.perf_counter() - last_s
+                texts.append(answered.text)
+                num_tokens = answered.usage.prompt_tokens if answered.usage is not None else num_tokens
     return _Run(first_s=first_s, num_tokens=num_tokens, num_computed=num_computed, answer="".join(texts))
 
 
-async def _feed(
-    context: "AsyncContext", pieces: Sequence[str], seconds: float, arrived: Callable[[float], None], *, waits: bool
-) -> float:
-    """Let pieces arrive at equal distances, the last one at the end of the time; return when that was."""
-    begun_s = last_s = time.perf_counter()
+async def _arriving(
+    pieces: Sequence[str], seconds: float, arrived: Callable[[float], None]
+) -> AsyncGenerator[str, None]:
+    """Yield pieces at equal distances, the last one at the end of the time."""
+    begun_s = time.perf_counter()
     for number, piece in enumerate(pieces):
         due_s = begun_s + seconds * number / max(1, len(pieces) - 1)
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        last_s = time.perf_counter()
         arrived((number + 1) / len(pieces))
-        if not waits:
-            await context.append(piece)
-    return last_s
+        yield piece
 
 
-@asynccontextmanager
-async def _bars(context: "AsyncContext", num_tokens: int) -> AsyncIterator[Callable[[float], None]]:
-    """Show how much has arrived and how much is computed; yields what takes the share that has arrived."""
+@contextmanager
+def _bars(num_tokens: int) -> Iterator[tuple[Callable[[float], None], Callable[["ContextState"], None]]]:
+    """Show how much has arrived and how much is computed; yields what takes the share that has arrived, and states."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (TextColumn("  {task.description:<9}"), BarColumn(48), TextColumn("{task.completed:>6.0f} tokens"))
@@ -148,12 +163,17 @@ async def _bars(context: "AsyncContext", num_tokens: int) -> AsyncIterator[Calla
         def show(state: "ContextState") -> None:
             progress.update(computing, completed=min(state.num_computed, num_tokens))
 
-        watching = asyncio.create_task(_follow(context, show))
-        try:
-            yield arrived
-        finally:
-            watching.cancel()
-            await asyncio.wait([watching])
+        yield arrived, show
+
+
+@asynccontextmanager
+async def _followed(context: "AsyncContext", show: Callable[["ContextState"], None]) -> AsyncIterator[None]:
+    watching = asyncio.create_task(_follow(context, show))
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
 
 
 async def _follow(context: "AsyncContext", show: Callable[["ContextState"], None]) -> None:

@@ -183,7 +183,7 @@ class Sessions:
             return None
         if self._parts.clock.unix_ms() >= session.opening.deadline_unix_ms:
             return overdue()
-        if not (session.is_closed or session.is_awaited) and now_s >= session.active_s + config.idle_s:
+        if not session.is_closed and now_s >= self._quiet_since_s(session) + config.idle_s:
             return DeadlineExceeded(
                 f"nothing came for the context for {config.idle_s:g} s", field="operation", limit=f"{config.idle_s:g} s"
             )
@@ -191,6 +191,14 @@ class Sessions:
         if not session.num_calls and not waits and now_s >= session.left_s + config.grace_s:
             return Cancelled(f"nobody came back to the context within {config.grace_s:g} s")
         return None
+
+    def _quiet_since_s(self, session: Session) -> float:
+        """Return since when an open context does nothing and has nothing to wait for."""
+        if not session.is_awaited:
+            return session.active_s
+        # What waits for a checkpoint is a call, or one that may come back in its time of grace.
+        has_waiter = session.num_calls > 0 or not session.opening.is_unattended
+        return self._parts.clock.now() if has_waiter else max(session.active_s, session.left_s)
 
     def _admit(self, tenant: str) -> None:
         """Refuse a context that is one too many.

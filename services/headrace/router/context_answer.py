@@ -87,8 +87,10 @@ class ContextAnswer:
         while self._meter is None:
             quiet_s = loop.time() - self._heard_s
             progress, num_tokens = self._progress, self._run.num_tokens
-            # The last known token is not computed before the close.
-            is_computed = progress.num_tokens == num_tokens and progress.num_computed >= num_tokens - 1
+            # The last known token is not computed before the close; of a single one nobody tells anything.
+            is_computed = num_tokens <= 1 or (
+                progress.num_tokens == num_tokens and progress.num_computed >= num_tokens - 1
+            )
             if quiet_s >= self._idle_s and is_computed:
                 reason = f"nothing came for the context for {self._idle_s:g} s"
                 self._arrived.put_nowait(DeadlineExceeded(reason, field="revision", limit=f"{self._idle_s:g} s"))
