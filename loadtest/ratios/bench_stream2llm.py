@@ -175,14 +175,30 @@ def _at(values: Sequence[float], percent: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
+def share(text: str) -> float:
+    """Read a share, which may be more than the whole."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 100, found {text}")
+    return value
+
+
+def stable_share(text: str) -> float:
+    """Read a share of a whole."""
+    value = share(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, found {text}")
+    return value
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--workers", nargs="*", default=["prefill=1,decode=1", "hybrid=1"])
-    parser.add_argument("--append", nargs="*", type=float, default=SHARES, help="shares of the prefill's time")
-    parser.add_argument("--update", nargs="*", type=float, default=STABLE, help="shares that stay")
+    parser.add_argument("--append", nargs="*", type=share, default=SHARES, help="shares of the prefill's time")
+    parser.add_argument("--update", nargs="*", type=stable_share, default=STABLE, help="shares that stay")
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     for each in options.workers:

@@ -25,6 +25,7 @@ from headrace.testing.cluster import LocalCluster
 
 MOST_TOKENS = 2000
 OPTIONS: GenerateOptions = {"max_tokens": 16, "temperature": 0.0, "ignore_eos": True}
+KINDS = ("crawls", "searches")
 LOADS = {"half of the load": 0.5, "saturated": 50.0}
 """Contexts that begin per second: 2,000 tokens and an answer take about 1 s of two cores."""
 
@@ -93,8 +94,8 @@ if __name__ == "__main__":
     parser.add_argument("--contexts", type=int, default=12)
     parser.add_argument("--workers", default="prefill=1,decode=1")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the cluster, SECTION.NAME=VALUE")
-    parser.add_argument("--loads", nargs="*", default=list(LOADS))
-    parser.add_argument("--kinds", nargs="*", default=["crawls", "searches"])
+    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--results", type=Path)
     options = parser.parse_args()
     for each in options.kinds:

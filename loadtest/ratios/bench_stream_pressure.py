@@ -2,8 +2,8 @@
 
 Eight contexts begin together, and their pieces come interleaved, over more time than they take to compute; the pool of
 the prefill worker has room for two. In `append` pieces are added; in `update` every other context has its second half
-replaced once. First tokens count from the arrival of the last piece. Every policy sees the same traces, on a
-cluster of its own, one after the other.
+replaced once. First tokens count from the arrival of the last piece. In every round each policy sees the same trace,
+on a new cluster; another policy begins each time. Ratios are of one round to `fcfs auto` in the same.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ BYTES_PER_TOKEN = 2 * 30 * 3 * 64 * 2
 """Of SmolLM2-135M's KV in bf16."""
 SPARE = 1.15
 """A text of so many characters has more or fewer tokens."""
+KINDS = ("append", "update")
 OPTIONS: GenerateOptions = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 
 
@@ -51,14 +52,14 @@ class Policy:
     preempt: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """What a policy gave: seconds to first tokens, makespans, and what workers did."""
+    """What a policy gave in one round: seconds to first tokens, makespan, and what workers did."""
 
-    first_s: list[float] = field(default_factory=list)
-    makespan_s: list[float] = field(default_factory=list)
-    num_preemptions: int = 0
-    computed_tokens: int = 0
+    first_s: list[float]
+    makespan_s: float
+    num_preemptions: int
+    computed_tokens: int
 
 
 POLICIES = (
@@ -102,21 +103,16 @@ def serving(policy: Policy) -> Iterator[LocalCluster]:
         yield found
 
 
-def measure(policy: Policy, traces: Sequence[tuple[Event, ...]]) -> Figures:
-    """Play all traces to a cluster of this policy."""
-    figures = Figures()
+def measure(policy: Policy, events: tuple[Event, ...]) -> Figures:
+    """Play a trace to a cluster of this policy."""
     with serving(policy) as cluster:
         cluster.wait_connected()
         before = _work(cluster)
-        for events in traces:
-            cluster.wait_quiet()
-            found = asyncio.run(play(cluster.grpc, events, Way.STREAMED))
-            figures.first_s += [one.first_token_s for one in found.played if one.first_token_s is not None]
-            figures.makespan_s.append(found.makespan_s)
+        found = asyncio.run(play(cluster.grpc, events, Way.STREAMED))
         cluster.wait_quiet()
         after = _work(cluster)
-    figures.num_preemptions, figures.computed_tokens = after[0] - before[0], after[1] - before[1]
-    return figures
+    first_s = [one.first_token_s for one in found.played if one.first_token_s is not None]
+    return Figures(first_s, found.makespan_s, after[0] - before[0], after[1] - before[1])
 
 
 def _work(cluster: LocalCluster) -> tuple[int, int]:
@@ -124,38 +120,48 @@ def _work(cluster: LocalCluster) -> tuple[int, int]:
     return sum(load.num_preemptions for load in loads), sum(load.computed_tokens for load in loads)
 
 
-def bench(asked: argparse.Namespace, *, has_updates: bool) -> None:
+def bench(asked: argparse.Namespace, kind: str) -> None:
     """Print one line per policy; the ratios are to the first."""
     corpus = english()
-    traces = [trace(asked.seed + number, has_updates=has_updates, corpus=corpus) for number in range(asked.rounds)]
-    kind = "update" if has_updates else "append"
     print(
         f"{NUM_STREAMS} streams in mode {kind}, blocks for {NUM_FIT}, {asked.rounds} rounds, seed {asked.seed}; "
         f"{machine()}; commit {commit()}"
     )
-    first: Figures | None = None
+    rounds: list[dict[Policy, Figures]] = []
+    for number in range(asked.rounds):
+        events = trace(asked.seed + number, has_updates=kind == "update", corpus=corpus)
+        shift = number % len(POLICIES)
+        rounds.append({policy: measure(policy, events) for policy in (*POLICIES[shift:], *POLICIES[:shift])})
     for policy in POLICIES:
-        found = measure(policy, traces)
-        first = first or found
-        shown = [f"p{percent} {np.percentile(found.first_s, percent):.2f} s" for percent in (50, 95, 99)]
-        ratios = [
-            f"p{percent} {np.percentile(found.first_s, percent) / np.percentile(first.first_s, percent):.2f}"
-            for percent in (50, 99)
-        ]
-        print(
-            f"  {policy.order:<8} {policy.preempt:<10} first token {', '.join(shown)}; "
-            f"over fcfs auto {', '.join(ratios)}; "
-            f"makespan {statistics.median(found.makespan_s):.1f} s; {found.num_preemptions} preemptions, "
-            f"{found.computed_tokens:,} tokens computed",
-            flush=True,
-        )
+        _tell(policy, [each[policy] for each in rounds], [each[POLICIES[0]] for each in rounds])
+
+
+def _tell(policy: Policy, found: Sequence[Figures], first: Sequence[Figures]) -> None:
+    all_s = [first_s for each in found for first_s in each.first_s]
+    shown = [f"p{percent} {np.percentile(all_s, percent):.2f} s" for percent in (50, 95, 99)]
+    means = _ratios(
+        [statistics.mean(each.first_s) for each in found], [statistics.mean(each.first_s) for each in first]
+    )
+    slowest = _ratios([max(each.first_s) for each in found], [max(each.first_s) for each in first])
+    print(
+        f"  {policy.order:<8} {policy.preempt:<10} first token {', '.join(shown)}; over fcfs auto: mean {means}, "
+        f"slowest of a round {slowest}; makespan {statistics.median(each.makespan_s for each in found):.1f} s; "
+        f"{sum(each.num_preemptions for each in found)} preemptions, "
+        f"{sum(each.computed_tokens for each in found):,} tokens computed",
+        flush=True,
+    )
+
+
+def _ratios(found: Sequence[float], first: Sequence[float]) -> str:
+    ratios = [one / other for one, other in zip(found, first, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="*", default=["append", "update"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     for each in options.kinds:
-        bench(options, has_updates=each == "update")
+        bench(options, each)
