@@ -288,7 +288,7 @@ class Session:
 
     def _refuse_late(self) -> None:
         if self.failure is not None:
-            raise self.failure
+            raise dataclasses.replace(self.failure)
         if self.is_closed:
             raise InvalidRequest("the context is closed: nothing can be changed any more", field="operation")
 
