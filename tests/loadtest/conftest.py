@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.client.values import Answer, Choice
+from headrace.core.context import ContextState
 from headrace.core.request import FinishReason, Piece, Token
 
 TRACES = Path(__file__).resolve().parents[2] / "loadtest" / "traces"
@@ -64,11 +66,36 @@ def run():
 
 
 def utf8(text):
-    return text if isinstance(text, bytes) else text.encode()
+    return text.encode() if isinstance(text, str) else bytes(text)
+
+
+class FakeAnswer:
+    """Pieces as they come, and the whole answer."""
+
+    def __init__(self, pieces):
+        self._pieces = pieces
+        self._text = ""
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        piece = await anext(self._pieces)
+        self._text += piece.text
+        return piece
+
+    async def answer(self):
+        async for _ in self:
+            pass
+        choice = Choice(text=self._text, tokens=(), finish=FinishReason.LENGTH)
+        return Answer(request_id="r", model="fake", choices=(choice,), usage=None, ttft_s=0.0, total_s=0.0)
 
 
 class FakeContext:
     """Computes what it is sent at a fixed rate, and keeps the longest common prefix of an update."""
+
+    model = "fake"
+    max_context_tokens = 64
 
     def __init__(self, client, number):
         self._client = client
@@ -77,6 +104,17 @@ class FakeContext:
         self._segments = []
         self._computed_at_s = 0.0
         self.is_over = False
+
+    @property
+    def context_id(self):
+        return f"context-{self._number}"
+
+    @property
+    def state(self):
+        return ContextState(num_segments=len(self._segments))
+
+    async def watch(self):
+        yield self.state
 
     def note(self, operation, *values):
         self._client.calls.append((round(asyncio.get_running_loop().time(), 6), self._number, operation, *values))
@@ -106,7 +144,10 @@ class FakeContext:
         self.note("checkpoint")
         await self._computed()
 
-    async def close(self, query=""):
+    def close(self, query=""):
+        return FakeAnswer(self._pieces(query))
+
+    async def _pieces(self, query):
         self.note("close", query)
         self._becomes(self._text + query.encode())
         await self._computed()
@@ -165,6 +206,9 @@ class FakeClient:
             self.num_open -= 1
             if not context.is_over:
                 context.note("left")
+
+    async def generate(self, prompt):
+        return prompt + "!"
 
     def operations(self, number):
         """Return names of the calls of one context."""

@@ -116,3 +116,131 @@ def test_a_context_that_cannot_be_opened_is_not_written(record, fake_sdk):
     client = fake_sdk()
     client.errors = {(0, "open"): InvalidRequest("no")}
     assert record(client, program) == ()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_text_of_any_kind_is_written_as_what_it_says(record, contexts, fake_sdk, kind):
+    async def program(client):
+        async with client.context(mode="update") as context:
+            await context.append(kind(b"caf\xc3"), "x")
+            await context.update([("x", kind(b"\xc3\xa9"))])
+
+    _, append, update, _ = record(fake_sdk(), program)
+    assert append.text == contexts.Bytes(b"caf\xc3")
+    assert update.segments == (contexts.Segment("x", contexts.Bytes(b"\xc3\xa9")),)
+
+
+def test_calls_side_by_side_are_written_in_the_order_of_their_begins(record, contexts, fake_sdk):
+    async def program(client):
+        async with client.context() as context:
+            await context.append("x" * 10)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(context.checkpoint())
+                await asyncio.sleep(1.0)
+                await context.append("b")
+            async for _ in context.close():
+                pass
+
+    events = record(fake_sdk(byte_s=1.0), program)
+    assert [(event.at_s, type(event).__name__) for event in events] == [
+        (0.0, "Open"),
+        (0.0, "Append"),
+        (0.0, "Checkpoint"),
+        (1.0, "Append"),
+        (10.0, "Close"),
+    ]
+
+
+def test_what_is_under_way_at_the_end_does_not_hold_the_rest_back(record, fake_sdk):
+    async def program(client):
+        async with asyncio.TaskGroup() as group:
+            async with client.context() as context:
+                await context.append("x" * 10)
+                group.create_task(context.checkpoint())
+                await asyncio.sleep(1.0)
+                await context.append("b")
+
+    events = record(fake_sdk(byte_s=1.0), program)
+    assert [type(event).__name__ for event in events] == ["Open", "Append", "Checkpoint", "Append", "Abandon"]
+
+
+def test_an_empty_name_is_the_last_segment_s_as_in_the_sdk(record, fake_sdk):
+    async def program(client):
+        async with client.context() as context:
+            await context.append("a", "x")
+            await context.append("b", "")
+
+    _, _, append, _ = record(fake_sdk(), program)
+    assert (append.text, append.segment) == ("b", None)
+
+
+async def cancelled(*calls):
+    """Make calls side by side, and cancel them while they are under way, the last one first."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    await asyncio.sleep(0.1)
+    for task in reversed(tasks):
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def test_a_change_that_was_cancelled_was_sent(record, fake_sdk):
+    async def program(client):
+        async with client.context() as context:
+            await cancelled(context.append("a"))
+            await context.append("b")
+
+    events = record(fake_sdk(call_s=1.0), program)
+    assert [event.text for event in events[1:-1]] == ["a", "b"]
+
+
+def test_a_change_that_was_cancelled_before_its_turn_was_not_sent(record, fake_sdk):
+    async def program(client):
+        async with client.context() as context:
+            await cancelled(context.append("a"), context.append("never"))
+            await context.append("b")
+
+    events = record(fake_sdk(call_s=1.0), program)
+    assert [event.text for event in events[1:-1]] == ["a", "b"]
+
+
+def test_a_close_that_was_cancelled_ends_the_context_unless_another_call_succeeds(record, fake_sdk):
+    async def program(client):
+        for has_more in (False, True):
+            async with client.context() as context:
+                await context.append("a")
+                await cancelled(anext(context.close("?")))
+                if has_more:
+                    await context.append("b")
+
+    events = record(fake_sdk(byte_s=1.0), program)
+    assert [type(event).__name__ for event in events if event.context == "1"] == ["Open", "Append", "Close"]
+    assert [type(event).__name__ for event in events if event.context == "2"] == ["Open", "Append", "Append", "Abandon"]
+
+
+def test_a_recorded_context_has_what_the_sdk_s_has(record, fake_sdk):
+    seen = []
+
+    async def program(client):
+        async with client.context() as context:
+            await context.append("a")
+            seen.extend([context.context_id, context.model, context.max_context_tokens, context.state.num_segments])
+            seen.extend([state.num_segments async for state in context.watch()])
+            answer = context.close("why?")
+            seen.append((await anext(answer)).text)
+            seen.append((await answer.answer()).text)
+
+    *_, close = record(fake_sdk(), program)
+    assert seen == ["context-0", "fake", 64, 1, 1, "one", "one two"]
+    assert close.query == "why?"
+
+
+def test_what_is_no_context_is_passed_on_and_not_written(record, fake_sdk):
+    seen = []
+
+    async def program(client):
+        seen.append(await client.generate("hm"))
+        with pytest.raises(AttributeError):
+            client.sing()
+
+    assert record(fake_sdk(), program) == ()
+    assert seen == ["hm!"]
