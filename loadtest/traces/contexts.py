@@ -4,7 +4,7 @@ The file has one event per line, as a JSON object, for many contexts at once; RE
 context are in the order of their times, lines of different contexts may stand in any order: the reader sorts them.
 """
 
-import math
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,6 +18,15 @@ Mode: TypeAlias = Literal["append", "update"]
 
 FIRST_SEGMENT = "0"
 """Name of the segment that a first append without a name begins."""
+
+MOST_S = 7 * 24 * 3600.0
+"""No trace is longer: a time behind a week is in milliseconds, or since 1970."""
+
+MOST_TOKENS = 1_000_000
+"""Of a text of which only the length is known, since all of it is put there; the longest contexts have as many."""
+
+MOST_NAME_CHARACTERS = 128
+"""Of a segment's name, as the ingestor takes it (MAX_ID_CHARS)."""
 
 
 class TraceError(ValueError):
@@ -35,13 +44,16 @@ class TraceError(ValueError):
 
 
 class Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="tokens"):
-    """Stands for a text of which only the number of tokens is known; `corpus.filled` puts a text there."""
+    """Stands for a text of which only the number of tokens is known, MOST_TOKENS at most.
+
+    `corpus.filled` puts a text there.
+    """
 
     number: int
 
     def __post_init__(self) -> None:
-        if self.number < 0:
-            raise ValueError(f"a text has no {self.number} tokens")
+        if not 0 <= self.number <= MOST_TOKENS:
+            raise ValueError(f"a text has 0 to {MOST_TOKENS:,} tokens, not {self.number}")
 
 
 class Bytes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="bytes"):
@@ -54,7 +66,7 @@ Text: TypeAlias = str | Bytes | Tokens
 
 
 class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A named part of a context; names are unique in it and not empty."""
+    """A named part of a context; names are unique in it, not empty, and of MOST_NAME_CHARACTERS at most."""
 
     segment: str
     text: Text
@@ -64,16 +76,18 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What happens to one context.
 
     Attributes:
-        at_s: When, in seconds from the trace's begin; finite and not negative.
-        context: Name of the context, unique in the trace.
+        at_s: When, in seconds from the trace's begin, from 0 to MOST_S.
+        context: Name of the context, unique in the trace and not empty.
     """
 
     at_s: float
     context: str
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.at_s) and self.at_s >= 0):
-            raise ValueError(f"no time from the trace's begin: {self.at_s}")
+        if not 0 <= self.at_s <= MOST_S:
+            raise ValueError(f"no time from the trace's begin, 0 to {MOST_S:.0f} s: {self.at_s}")
+        if not self.context:
+            raise ValueError("the context has no name")
 
 
 class Open(_Event, frozen=True, kw_only=True, tag="open"):
@@ -94,6 +108,9 @@ class Open(_Event, frozen=True, kw_only=True, tag="open"):
         super().__post_init__()
         if self.prefix and self.chat is not None:
             raise ValueError("a context has a prefix or a chat, not both")
+        max_tokens = self.options.get("max_tokens")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}: an answer has at least one token")
 
 
 class Append(_Event, frozen=True, kw_only=True, tag="append"):
@@ -133,12 +150,6 @@ class Abandon(_Event, frozen=True, kw_only=True, tag="abandon"):
 Event: TypeAlias = Open | Append | Replace | Update | Checkpoint | Close | Abandon
 
 
-class _OptionNames(msgspec.Struct):
-    """The names of an event's options: a TypedDict lets unknown ones pass."""
-
-    options: dict[str, msgspec.Raw] = {}
-
-
 def line_of(event: Event) -> bytes:
     """Return an event as a line of the file, without the line's end."""
     return msgspec.json.encode(event)
@@ -150,12 +161,29 @@ def event_of(line: bytes) -> Event:
     Raises:
         ValueError: it is none.
     """
-    event: Event = msgspec.json.decode(line, type=Event)
+    try:
+        event: Event = msgspec.json.decode(line, type=Event)
+        found = json.loads(line.decode(), object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("an event is not so deep") from error
+    # A TypedDict lets unknown keys pass.
     if isinstance(event, Open):
-        names = msgspec.json.decode(line, type=_OptionNames).options.keys()
-        if unknown := names - GenerateOptions.__optional_keys__:
+        if unknown := found.get("options", {}).keys() - GenerateOptions.__optional_keys__:
             raise ValueError(f"no options of a call: {', '.join(sorted(unknown))}")
+        for message in found.get("chat") or ():
+            if unknown := message.keys() - Message.__required_keys__:
+                raise ValueError(f"a message has a role and a content, no {', '.join(sorted(unknown))}")
     return event
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object; raises ValueError for one that has a key twice."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
 
 
 def write(path: Path, events: Iterable[Event]) -> None:
@@ -168,12 +196,16 @@ def read(path: Path) -> tuple[Event, ...]:
     """Return the events of a file by their times; a context that was cut off has no last one.
 
     Raises:
-        TraceError: a line is no event, or cannot follow those of its context before it.
+        TraceError: a line is no event, or cannot follow those of its context before it; the file cannot be read.
     """
     contexts: dict[str, Contents] = {}
     events = []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TraceError(path, None, f"cannot be read: {error.strerror}") from error
     # JSON escapes line ends, and bytes know no other ones than \n and \r.
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             event = event_of(line)
             contexts.setdefault(event.context, Contents()).apply(event)
@@ -273,6 +305,8 @@ class Contents:
     def _add(self, name: str) -> None:
         if not name:
             raise ValueError("a segment has no name")
+        if len(name) > MOST_NAME_CHARACTERS:
+            raise ValueError(f"a segment's name has {len(name)} characters, above {MOST_NAME_CHARACTERS}")
         if name in self._parts:
             raise ValueError(f"segment {name!r} is there already; only the last one grows")
         self._parts[name] = []

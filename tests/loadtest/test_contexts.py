@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.ingestor.segments import MAX_ID_CHARS
+
 ROOT = Path(__file__).resolve().parents[2]
 OPEN = '{"op":"open","at_s":0.0,"context":"a","mode":"update"}'
-SECONDS = st.floats(0, 1e9)
+SECONDS = st.floats(0, 604_800)
 NAMES = st.text(min_size=1, max_size=4)
 OPTIONS = st.fixed_dictionaries(
     {},
@@ -119,6 +121,15 @@ def test_the_example_of_the_readme_is_a_trace(contexts, read):
         '{"op":"open","at_s":1,"context":"b","mode":"append","prefix":"p","chat":[]}',
         '{"op":"open","at_s":1,"context":"b","mode":"append","options":{"max_token":1}}',
         '{"op":"open","at_s":1,"context":"b","mode":"append","options":{"max_tokens":"1"}}',
+        '{"op":"open","at_s":1,"context":"b","mode":"append","options":{"max_tokens":0}}',
+        '{"op":"open","at_s":1,"context":"b","mode":"append","options":{"seed":1,"seed":2}}',
+        '{"op":"open","at_s":1,"context":"b","mode":"append","chat":[{"role":"user","content":"","name":"n"}]}',
+        '{"op":"open","at_s":1,"context":"","mode":"append"}',
+        '{"op":"close","at_s":1,"at_s":2,"context":"a"}',
+        '{"op":"close","at_s":604801,"context":"a"}',
+        '{"op":"close","at_s":1,"context":"a","query":' + "[" * 100_000,
+        '{"op":"append","at_s":1,"context":"a","text":{"kind":"tokens","number":1000001}}',
+        '{"op":"update","at_s":1,"context":"a","segments":[{"segment":"b","segment":"c","text":""}]}',
     ],
 )
 def test_a_line_that_is_no_event_is_named(contexts, read, line):
@@ -136,6 +147,8 @@ def test_a_line_that_is_no_event_is_named(contexts, read, line):
         ("back in time", ['{"op":"checkpoint","at_s":2,"context":"a"}', '{"op":"close","at_s":1,"context":"a"}']),
         ("no segment 'x'", ['{"op":"replace","at_s":1,"context":"a","from_segment":"x","segments":[]}']),
         ("no name", ['{"op":"append","at_s":1,"context":"a","text":"t","segment":""}']),
+        ("129 characters", [f'{{"op":"append","at_s":1,"context":"a","text":"t","segment":"{"x" * 129}"}}']),
+        ("no name", ['{"op":"update","at_s":1,"context":"a","segments":[{"segment":"","text":""}]}']),
         (
             "there already",
             [
@@ -199,7 +212,16 @@ def test_a_text_of_which_only_the_length_is_known_has_no_segments(contexts):
     contents.apply(contexts.Close(at_s=0, context="a"))
 
 
-@pytest.mark.parametrize("at_s", [-1.0, float("nan"), float("inf")])
+def test_a_segment_s_name_is_as_long_as_the_ingestor_takes_it(contexts):
+    assert contexts.MOST_NAME_CHARACTERS == MAX_ID_CHARS
+
+
+def test_a_file_that_cannot_be_read_is_named(contexts, tmp_path):
+    with pytest.raises(contexts.TraceError, match=r"missing: cannot be read"):
+        contexts.read(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("at_s", [-1.0, float("nan"), float("inf"), 604_801.0])
 def test_an_event_has_a_time(contexts, at_s):
     with pytest.raises(ValueError, match="time"):
         contexts.Close(at_s=at_s, context="a")
