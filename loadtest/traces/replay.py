@@ -5,13 +5,15 @@ and the query, as a program does that knows no open contexts. The clock of a con
 both ways: it contains what calls before it were late by.
 
 Run as a script it plays a trace in both ways in turn, each time under a cache salt of its own so that no run finds what
-another has computed, and prints what each took and the ratios.
+another has computed, and prints what each took and the ratios. Contexts that failed in one way or the other are in no
+ratio; if there are any, or if nothing was answered in both ways, the exit code is 1.
 """
 
 import argparse
 import asyncio
 import secrets
 import statistics
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Unpack
 
 import numpy as np
+from arguments import at_least_one, positive
 from contexts import (
     Abandon,
     Append,
@@ -34,6 +37,7 @@ from contexts import (
     Segment,
     Text,
     Tokens,
+    TraceError,
     Update,
     by_context,
     read,
@@ -84,6 +88,7 @@ class Played:
         total_s: From there to the end of the answer; None without one.
         output_tokens: Tokens of the answer.
         text: The answer; empty without one.
+        end_s: From the trace's begin to its end.
         failure: Code of the error that ended it, or TIMEOUT; None when there was none.
     """
 
@@ -93,6 +98,7 @@ class Played:
     total_s: float | None = None
     output_tokens: int = 0
     text: str = ""
+    end_s: float = 0.0
     failure: str | None = None
 
 
@@ -238,9 +244,9 @@ class _Player:
             async with asyncio.timeout_at(due_s + self._pace.answer_s):
                 await (self._stream if self._way is Way.STREAMED else self._send)(script, late_s, answer)
         except HeadraceError as error:
-            return Played(context=script.opening.context, late_s=late_s, failure=error.code)
+            return Played(context=script.opening.context, late_s=late_s, end_s=self.seconds(), failure=error.code)
         except TimeoutError:
-            return Played(context=script.opening.context, late_s=late_s, failure=TIMEOUT)
+            return Played(context=script.opening.context, late_s=late_s, end_s=self.seconds(), failure=TIMEOUT)
         return Played(
             context=script.opening.context,
             late_s=late_s,
@@ -248,6 +254,7 @@ class _Player:
             total_s=answer.last_s,
             output_tokens=answer.num_tokens,
             text="".join(answer.texts),
+            end_s=self.seconds(),
         )
 
     async def _stream(self, script: _Script, late_s: float, answer: _Answer) -> None:
@@ -325,33 +332,71 @@ def summary(found: Replay) -> str:
 
 
 def ratios(waited: Replay, streamed: Replay) -> dict[str, float]:
-    """Return what streaming brings: times of waiting over those of streaming, and the share of the same answers."""
+    """Return what streaming brings: times of waiting over those of streaming, and the share of the same answers.
+
+    Contexts that failed in one of the ways are left out of both; empty if nothing was answered in both.
+    """
     pairs = [
-        (one.text, other.text)
+        (one, other)
         for one, other in zip(waited.played, streamed.played, strict=True)
-        if one.total_s is not None and other.total_s is not None
+        if one.failure is None and other.failure is None
     ]
+    same = [one.text == other.text for one, other in pairs if one.total_s is not None and other.total_s is not None]
+    if not same:
+        return {}
+    if len(pairs) < len(waited.played):
+        waited, streamed = _only(waited, [one for one, _ in pairs]), _only(streamed, [other for _, other in pairs])
     return {
         "first token p50": waited.first_token_s(50) / streamed.first_token_s(50),
         "first token p95": waited.first_token_s(95) / streamed.first_token_s(95),
         "makespan": waited.makespan_s / streamed.makespan_s,
-        "same answers": statistics.fmean(one == other for one, other in pairs) if pairs else float("nan"),
+        "same answers": statistics.fmean(same),
     }
 
 
-async def _compare(address: str, events: Sequence[Event], pace: Pace, rounds: int) -> None:
+def _only(found: Replay, played: Sequence[Played]) -> Replay:
+    return Replay(way=found.way, played=tuple(played), makespan_s=max(one.end_s for one in played))
+
+
+def left_out(waited: Replay, streamed: Replay) -> str:
+    """Return a line about the contexts that are in no ratio; empty if all are."""
+    numbers = [sum(one.failure is not None for one in found.played) for found in (waited, streamed)]
+    if not any(numbers):
+        return ""
+    either = sum(
+        one.failure is not None or other.failure is not None
+        for one, other in zip(waited.played, streamed.played, strict=True)
+    )
+    return f"left out of the ratios: {either} contexts; {numbers[0]} failed waited, {numbers[1]} streamed"
+
+
+async def _compare(client: Client, events: Sequence[Event], pace: Pace, rounds: int) -> bool:
+    """Print what came of the rounds; return whether no context failed and there are ratios."""
     found: list[dict[str, float]] = []
+    has_failed = False
+    for number in range(rounds):
+        runs: dict[Way, Replay] = {}
+        for way in list(Way)[:: -1 if number % 2 else 1]:
+            runs[way] = await replay(client, events, way, pace, cache_salt=secrets.token_hex(8))
+            print(summary(runs[way]))
+        if line := left_out(runs[Way.WAITED], runs[Way.STREAMED]):
+            has_failed = True
+            print(line)
+        found.append(ratios(runs[Way.WAITED], runs[Way.STREAMED]))
+    rated = [one for one in found if one]
+    if not rated:
+        print("no ratios: no context was answered in both ways")
+        return False
+    for name in rated[0]:
+        values = sorted(one[name] for one in rated)
+        print(f"{name}: {statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f} in {len(rated)} rounds)")
+    return not has_failed
+
+
+async def _play(address: str, events: Sequence[Event], pace: Pace, rounds: int) -> bool:
     longest_s = pace.answer_s + max(event.at_s for event in events) * pace.scale
     async with AsyncClient(address, timeout_s=longest_s) as client:
-        for number in range(rounds):
-            runs: dict[Way, Replay] = {}
-            for way in list(Way)[:: -1 if number % 2 else 1]:
-                runs[way] = await replay(client, events, way, pace, cache_salt=secrets.token_hex(8))
-                print(summary(runs[way]))
-            found.append(ratios(runs[Way.WAITED], runs[Way.STREAMED]))
-    for name in found[0]:
-        values = sorted(one[name] for one in found)
-        print(f"{name}: {statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f} in {rounds} rounds)")
+        return await _compare(client, events, pace, rounds)
 
 
 def main() -> None:
@@ -359,13 +404,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help="of a router's gRPC server")
-    parser.add_argument("--scale", type=float, default=1.0, help="seconds that a second of the trace takes")
-    parser.add_argument("--most-contexts", type=int, default=256)
-    parser.add_argument("--answer-s", type=float, default=600.0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=positive, default=1.0, help="seconds that a second of the trace takes")
+    parser.add_argument("--most-contexts", type=at_least_one, default=256)
+    parser.add_argument("--answer-s", type=positive, default=600.0)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     options = parser.parse_args()
     pace = Pace(scale=options.scale, most_contexts=options.most_contexts, answer_s=options.answer_s)
-    asyncio.run(_compare(options.address, filled(read(options.trace), english()), pace, options.rounds))
+    try:
+        events = read(options.trace)
+    except TraceError as error:
+        parser.error(str(error))
+    if not events:
+        parser.error(f"{options.trace}: the trace is empty")
+    is_good = asyncio.run(_play(options.address, filled(events, english()), pace, options.rounds))
+    sys.exit(0 if is_good else 1)
 
 
 if __name__ == "__main__":

@@ -218,3 +218,20 @@ class FakeClient:
 @pytest.fixture
 def fake_sdk():
     return FakeClient
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Return a function that runs a module's main with arguments; it returns the exit code and what was written."""
+
+    def run_main(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        written = capsys.readouterr()
+        return code, written.out + written.err
+
+    return run_main

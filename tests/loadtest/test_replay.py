@@ -223,3 +223,84 @@ def test_streaming_is_told_as_the_ratio_of_the_times(replay, run, fake_sdk, craw
     assert ratios["makespan"] == pytest.approx(6.1 / 5.1)
     assert ratios["same answers"] == 1.0
     assert "first token after p50 1.100 s" in replay.summary(streamed)
+
+
+def test_a_context_that_failed_in_one_way_is_in_no_ratio(replay, run, fake_sdk, crawl):
+    events = [event for name, begin_s in (("a", 0.0), ("b", 50.0)) for event in crawl(name, begin_s)]
+    streamed_by, waited_by = fake_sdk(byte_s=0.01), fake_sdk(byte_s=0.01)
+    streamed_by.errors = {(1, "append"): Saturated("full")}
+    streamed = run(replay.replay(streamed_by, events, replay.Way.STREAMED))
+    waited = run(replay.replay(waited_by, events, replay.Way.WAITED))
+    ratios = replay.ratios(waited, streamed)
+    assert ratios["first token p95"] == pytest.approx(2.1 / 1.1)
+    assert ratios["makespan"] == pytest.approx(6.1 / 5.1)
+    assert ratios["same answers"] == 1.0
+    assert replay.left_out(waited, streamed) == "left out of the ratios: 1 contexts; 0 failed waited, 1 streamed"
+    assert replay.left_out(waited, waited) == ""
+
+
+def test_without_an_answer_in_both_ways_there_are_no_ratios(replay, run, fake_sdk, crawl):
+    client = fake_sdk()
+    client.errors = {(0, "close"): Saturated("full")}
+    streamed = run(replay.replay(client, crawl(), replay.Way.STREAMED))
+    waited = run(replay.replay(fake_sdk(), crawl(), replay.Way.WAITED))
+    assert replay.ratios(waited, streamed) == {}
+
+
+@pytest.fixture
+def play(replay, contexts, fake_sdk, crawl, script, monkeypatch, tmp_path):
+    """Return a function that runs the script over one context with a fake, some calls of which fail."""
+
+    def played(**errors):
+        client = fake_sdk(byte_s=0.0001)
+        client.errors = {(int(number), "append"): Saturated("full") for number in errors.get("fail", ())}
+
+        class Client:
+            def __init__(self, *_, **__):
+                self.context = client.context
+
+            async def __aenter__(self):
+                return self
+
+            async def __aexit__(self, *_):
+                pass
+
+        monkeypatch.setattr(replay, "AsyncClient", Client)
+        contexts.write(tmp_path / "trace", crawl())
+        return script(replay, tmp_path / "trace", "--rounds", "2", "--scale", "0.001")
+
+    return played
+
+
+def test_the_script_ends_well_if_nothing_failed(play):
+    code, written = play()
+    assert code == 0
+    assert "in 2 rounds)" in written
+
+
+@pytest.mark.parametrize(("fail", "reason"), [((0,), "in 1 rounds)"), ((0, 1, 2, 3), "no ratios")])
+def test_the_script_says_what_failed_and_ends_with_1(play, fail, reason):
+    code, written = play(fail=fail)
+    assert code == 1
+    assert "left out of the ratios: 1 contexts" in written
+    assert reason in written
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--scale", "0"), ("--scale", "inf"), ("--scale", "nan"), ("--rounds", "0"), ("--most-contexts", "0")]
+)
+def test_arguments_that_mean_nothing_are_refused(replay, script, tmp_path, arguments):
+    code, written = script(replay, tmp_path / "trace", *arguments)
+    assert code == 2
+    assert f"argument {arguments[0]}: not a" in written
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "the trace is empty"), (b"no\n", "trace:1: "), (None, "be read")]
+)
+def test_a_file_that_is_nothing_to_play_is_refused(replay, script, tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "trace").write_bytes(content)
+    code, written = script(replay, tmp_path / "trace")
+    assert code == 2
+    assert reason in written
