@@ -187,9 +187,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def write(path: Path, events: Iterable[Event]) -> None:
-    """Write a trace; a file that is there is replaced."""
+    """Write a trace; a file that is there is replaced, unless an event cannot be written."""
+    lines = [line_of(event) + b"\n" for event in events]
     with path.open("wb") as file:
-        file.writelines(line_of(event) + b"\n" for event in events)
+        file.writelines(lines)
 
 
 def read(path: Path) -> tuple[Event, ...]:

@@ -41,6 +41,7 @@ from pathlib import Path
 import crawler
 import numpy as np
 import retrieval
+from arguments import at_least_one, positive
 from contexts import Append, Close, Event, Open, Segment, TraceError, Update, in_order, write
 from corpus import CHARACTERS_PER_TOKEN, Corpus, english
 from distributions import arrivals
@@ -75,12 +76,20 @@ def delays(path: Path) -> tuple[float, ...]:
     Lines that begin with # are comments, empty ones nothing.
 
     Raises:
-        TraceError: a line is no delay.
+        TraceError: a line is no delay, or there is none; the file cannot be read.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise TraceError(path, None, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TraceError(path, None, f"not UTF-8: {error}") from error
     found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             found.append(_seconds(path, number, line))
+    if not found:
+        raise TraceError(path, None, "there are no delays")
     return tuple(accumulate(found))
 
 
@@ -88,9 +97,11 @@ def read_crawls(folder: Path, begins_s: Sequence[float], options: GenerateOption
     """Return the crawls of a folder by the numbers of their queries, as many as there are begins.
 
     Raises:
-        TraceError: a file is no crawl.
+        TraceError: a file is no crawl, or there are no files.
     """
     paths = sorted(folder.glob("query_*.csv"), key=_number)
+    if not paths:
+        raise TraceError(folder, None, "there are no files query_N.csv")
     events: list[Event] = []
     for path, begin_s in zip(paths, begins_s, strict=False):
         events += _crawl(path, begin_s, options)
@@ -263,17 +274,24 @@ def main() -> None:
     parser.add_argument("trace", type=Path, help="file to write")
     parser.add_argument("--delays", type=Path, help="file of delays; without it they are drawn")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--contexts", type=int, default=500)
-    parser.add_argument("--per-s", type=float, default=1.0, help="contexts that begin per second")
+    parser.add_argument("--contexts", type=at_least_one, default=500)
+    parser.add_argument("--per-s", type=positive, default=1.0, help="contexts that begin per second")
     parser.add_argument("--sent", choices=[sent.value for sent in Sent], default="end", help="of a search's window")
     options = parser.parse_args()
+    try:
+        if not (events := _events(options)):
+            parser.error(f"{options.folder}: nothing to write, no query has found anything")
+        write(options.trace, events)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _events(options: argparse.Namespace) -> tuple[Event, ...]:
     drawn = arrivals(np.random.default_rng(options.seed), options.contexts, options.per_s)
     begins_s = delays(options.delays)[: options.contexts] if options.delays else drawn
     if options.workload == "crawls":
-        events = read_crawls(options.folder, begins_s)
-    else:
-        events = read_searches(options.folder, begins_s, english(), Sent(options.sent))
-    write(options.trace, events)
+        return read_crawls(options.folder, begins_s)
+    return read_searches(options.folder, begins_s, english(), Sent(options.sent))
 
 
 if __name__ == "__main__":

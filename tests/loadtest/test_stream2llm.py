@@ -201,3 +201,52 @@ def test_other_files_are_named(stream2llm, contexts, english, searches, name, co
 def test_a_folder_without_queries_is_named(stream2llm, contexts, english, tmp_path):
     with pytest.raises(contexts.TraceError, match="query_trace_map"):
         stream2llm.read_searches(tmp_path, [0.0], english)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "cannot be read"), (b"\xff1\n", "not UTF-8"), (b"# none\n", "there are no delays")]
+)
+def test_a_file_without_delays_is_named(stream2llm, contexts, tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "delays.txt").write_bytes(content)
+    with pytest.raises(contexts.TraceError, match=rf"delays\.txt: {reason}"):
+        stream2llm.delays(tmp_path / "delays.txt")
+
+
+def test_a_folder_without_crawls_is_named(stream2llm, contexts, tmp_path):
+    with pytest.raises(contexts.TraceError, match="no files query_N"):
+        stream2llm.read_crawls(tmp_path, [0.0])
+
+
+def test_the_script_writes_a_trace(stream2llm, contexts, crawls, script, tmp_path):
+    assert script(stream2llm, "crawls", crawls, tmp_path / "trace") == (0, "")
+    assert len(contexts.by_context(contexts.read(tmp_path / "trace"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("crawls", "empty"), "no files query_N"),
+        (("searches", "empty"), "cannot be read"),
+        (("crawls", "pageless"), "nothing to write"),
+        (("crawls", "pageless", "--delays", "missing"), "missing: cannot be read"),
+        (("crawls", "pageless", "--contexts", "0"), "argument --contexts: not a"),
+        (("crawls", "pageless", "--per-s", "nan"), "argument --per-s: not a"),
+    ],
+)
+def test_the_script_says_what_is_amiss_and_writes_no_file(stream2llm, script, tmp_path, arguments, reason):
+    (tmp_path / "empty").mkdir()
+    table(tmp_path / "pageless" / "query_1.csv", CRAWL, [0, 1, "tavily_search", "Why?", ""])
+    workload, folder, *others = arguments
+    code, written = script(stream2llm, workload, tmp_path / folder, tmp_path / "trace", *others)
+    assert code == 2
+    assert reason in written
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_text_that_cannot_be_written_leaves_no_file(stream2llm, searches, script, tmp_path):
+    (searches / "retrieved_corpus_content.part.0.json").write_text(r'{"1": "\ud800"}')
+    code, written = script(stream2llm, "searches", searches, tmp_path / "trace")
+    assert code == 2
+    assert "surrogates" in written
+    assert not (tmp_path / "trace").exists()
