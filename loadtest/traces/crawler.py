@@ -28,9 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from arguments import at_least_one, positive
 from contexts import Append, Close, Event, Open, by_context, in_order, write
 from corpus import CHARACTERS_PER_TOKEN, Corpus, english, question
-from distributions import LogNormal, arrivals
+from distributions import LogNormal, arrivals, mean_and_percentiles
 
 from headrace.client.values import GenerateOptions
 
@@ -118,9 +119,7 @@ def figures(events: Iterable[Event]) -> dict[str, float]:
         tokens.append(sum(len(str(page.text)) for page in pages) / CHARACTERS_PER_TOKEN)
     found = {"crawls": float(len(rows)), "rows": float(np.mean(rows)), "median rows": float(np.median(rows))}
     for name, values in (("gap_s", gaps), ("seconds", seconds), ("tokens", tokens)):
-        found[name] = float(np.mean(values))
-        for percent in (5, 25, 50, 75, 95, 99):
-            found[f"{name} p{percent}"] = float(np.percentile(values, percent))
+        found |= mean_and_percentiles(name, values, (5, 25, 50, 75, 95, 99))
     return found
 
 
@@ -129,18 +128,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, nargs="?", help="file to write; without it the figures are printed")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--contexts", type=int, default=200)
-    parser.add_argument("--per-s", type=float, default=1.0, help="crawls that begin per second")
-    parser.add_argument("--scale", type=float, default=1.0, help="what the lengths of pages are multiplied by")
-    parser.add_argument("--most-tokens", type=int, help="what longer crawls are shrunk to")
-    parser.add_argument("--max-tokens", type=int, default=16, help="of an answer")
+    parser.add_argument("--contexts", type=at_least_one, default=200)
+    parser.add_argument("--per-s", type=positive, default=1.0, help="crawls that begin per second")
+    parser.add_argument("--scale", type=positive, default=1.0, help="what the lengths of pages are multiplied by")
+    parser.add_argument("--most-tokens", type=at_least_one, help="what longer crawls are shrunk to")
+    parser.add_argument("--max-tokens", type=at_least_one, default=16, help="of an answer")
     options = parser.parse_args()
     asked: GenerateOptions = {"max_tokens": options.max_tokens, "temperature": 0.0}
     shape = Shape(scale=options.scale, most_tokens=options.most_tokens, options=asked)
-    events = generate(options.seed, options.contexts, options.per_s, shape, english())
-    if options.trace:
-        write(options.trace, events)
-        return
+    try:
+        events = generate(options.seed, options.contexts, options.per_s, shape, english())
+        if options.trace:
+            write(options.trace, events)
+            return
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for name, value in figures(events).items():
         print(f"{name}: {value:,.3f}")
 

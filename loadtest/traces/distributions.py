@@ -1,6 +1,7 @@
 """Distributions that traces are drawn from."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,3 +46,11 @@ def arrivals(random: np.random.Generator, number: int, per_s: float) -> list[flo
     if per_s <= 0:
         raise ValueError(f"a rate of arrivals must be above 0, found {per_s}")
     return [float(at_s) for at_s in np.cumsum(random.exponential(1 / per_s, number))]
+
+
+def mean_and_percentiles(name: str, values: Sequence[float], percents: Sequence[int]) -> dict[str, float]:
+    """Return the mean of values by a name and their percentiles by "name p50" and so on; NaN without values."""
+    found = {name: float(np.mean(values)) if values else math.nan}
+    for percent in percents:
+        found[f"{name} p{percent}"] = float(np.percentile(values, percent)) if values else math.nan
+    return found

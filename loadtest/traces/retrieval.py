@@ -30,6 +30,7 @@ Run as a script it writes a trace, or prints its figures, among them how much of
 """
 
 import argparse
+import math
 import os.path
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from arguments import at_least_one, positive
 from contexts import Close, Event, Open, Segment, Update, by_context, in_order, write
 from corpus import CHARACTERS_PER_TOKEN, Corpus, english, question
-from distributions import LogNormal, arrivals
+from distributions import LogNormal, arrivals, mean_and_percentiles
 from embedding import DIMENSIONS, HashedWords
 from numpy.typing import NDArray
 from usearch.index import Index
@@ -161,13 +163,11 @@ def figures(events: Iterable[Event]) -> dict[str, float]:
     seconds = [context[-1].at_s - context[0].at_s for context in contexts]
     gaps = [later.at_s - earlier.at_s for lists in updates for earlier, later in pairwise(lists)]
     tokens = [len(_text(lists[-1].segments)) / CHARACTERS_PER_TOKEN for lists in updates]
-    kept = np.array(kept_shares(event for context in contexts for event in context))
+    kept = kept_shares(event for context in contexts for event in context)
     found = {"retrievals": float(len(updates)), "lists": float(np.mean([len(lists) for lists in updates]))}
     for name, values in (("gap_s", gaps), ("seconds", seconds), ("tokens", tokens), ("kept", kept)):
-        found[name] = float(np.mean(values))
-        for percent in (25, 50, 75, 95):
-            found[f"{name} p{percent}"] = float(np.percentile(values, percent))
-    return found | {"kept nothing": float(np.mean(kept == 0))}
+        found |= mean_and_percentiles(name, values, (25, 50, 75, 95))
+    return found | {"kept nothing": kept.count(0.0) / len(kept) if kept else math.nan}
 
 
 def main() -> None:
@@ -175,18 +175,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, nargs="?", help="file to write; without it the figures are printed")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--contexts", type=int, default=200)
-    parser.add_argument("--per-s", type=float, default=1.0, help="retrievals that begin per second")
-    parser.add_argument("--hits", type=int, default=10, help="passages of a context")
-    parser.add_argument("--characters", type=int, default=1_000, help="least length of a passage")
-    parser.add_argument("--max-tokens", type=int, default=16, help="of an answer")
+    parser.add_argument("--contexts", type=at_least_one, default=200)
+    parser.add_argument("--per-s", type=positive, default=1.0, help="retrievals that begin per second")
+    parser.add_argument("--hits", type=at_least_one, default=10, help="passages of a context")
+    parser.add_argument("--characters", type=at_least_one, default=1_000, help="least length of a passage")
+    parser.add_argument("--max-tokens", type=at_least_one, default=16, help="of an answer")
     options = parser.parse_args()
     asked: GenerateOptions = {"max_tokens": options.max_tokens, "temperature": 0.0}
     shape = Shape(num_hits=options.hits, passage_characters=options.characters, options=asked)
-    events = generate(options.seed, options.contexts, options.per_s, shape, english())
-    if options.trace:
-        write(options.trace, events)
-        return
+    try:
+        events = generate(options.seed, options.contexts, options.per_s, shape, english())
+        if options.trace:
+            write(options.trace, events)
+            return
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for name, value in figures(events).items():
         print(f"{name}: {value:,.3f}")
 

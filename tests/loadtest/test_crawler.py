@@ -1,5 +1,7 @@
 """Crawls: the generator keeps the shape that is published of Stream2LLM's crawler workload."""
 
+import math
+
 import pytest
 
 
@@ -97,3 +99,33 @@ def test_longer_crawls_are_shrunk_and_keep_their_times(crawler, contexts, englis
 def test_lengths_are_scaled(crawler, english):
     shape = crawler.Shape(scale=0.25)
     assert crawler.figures(crawler.generate(1, 300, 1.0, shape, english))["tokens"] == pytest.approx(2_222, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("--contexts", "0"),
+        ("--per-s", "0"),
+        ("--per-s", "inf"),
+        ("--scale", "-1"),
+        ("--scale", "nan"),
+        ("--most-tokens", "0"),
+        ("--max-tokens", "0"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(crawler, script, name, value):
+    code, written = script(crawler, name, value)
+    assert code == 2
+    assert f"argument {name}: not a" in written
+
+
+def test_a_trace_longer_than_a_trace_may_be_is_refused(crawler, script, tmp_path):
+    code, written = script(crawler, tmp_path / "trace", "--contexts", "9", "--per-s", "1e-9")
+    assert code == 2
+    assert "no time from the trace's begin" in written
+    assert not (tmp_path / "trace").exists()
+
+
+def test_figures_of_what_there_is_none_of_are_not_numbers(crawler, english):
+    one = crawler.generate(1, 1, 1.0, crawler.Shape(num_pages=0.0), english)
+    assert math.isnan(crawler.figures(one)["gap_s p50"])

@@ -111,3 +111,17 @@ def test_kept_shares_count_the_common_begin_of_successive_updates(retrieval, con
 
     events = [update(0), update(1, "abcd", "efgh"), update(2, "abcd", "eXgh"), update(3, "Z"), update(4, "Z", "y")]
     assert retrieval.kept_shares(events) == [5 / 8, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["--contexts", "--per-s", "--hits", "--characters", "--max-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_arguments_that_mean_nothing_are_refused(retrieval, script, name, value):
+    code, written = script(retrieval, f"{name}={value}")
+    assert code == 2
+    assert f"argument {name}: not a" in written
+
+
+def test_figures_of_a_single_passage_can_be_printed(retrieval, script):
+    code, written = script(retrieval, "--contexts", "1", "--characters", "1000000")
+    assert code == 0
+    assert "kept nothing: nan" in written
