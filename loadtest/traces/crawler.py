@@ -6,13 +6,14 @@ comes with the last page. Texts are excerpts of `corpus.english`.
 
 The shape is that of Stream2LLM's crawler workload (4,322 crawls for questions of SimpleQA; Bachkaniwala et al., MLSys
 2026), as far as two tables of the GitHub repository rajveerb/stream2llm state it, chunk_arrival_characterization.txt
-and workload_stats_crawler.txt. Published, and met by a long generated trace within a tenth unless said otherwise:
+and workload_stats_crawler.txt. Published, and met by a long generated trace within a tenth, but for the longest gaps:
 
 - rows per crawl, pages and one search: mean 7.86, median 8, between 1 and 17. Here one and a Poisson number; that they
   are so distributed is a guess.
 - seconds between rows: mean 1.053, median 0.70; quantiles 0.05 0.25 0.75 0.95 0.99 at 0.08, 0.39, 1.34, 3.08, 5.29. The
   time of a fetch and the number of fetches at once are not published. Two at once with log-normal times of sigma 0.85
-  give all of these; with one at once the shortest gaps are too long, with four the longest ones.
+  give all of these but the last one, 5.9 to 6.1 in long traces; with one at once the shortest gaps are too long, with
+  four the longest ones.
 - seconds per crawl: mean 9.87, median 9.29, 0.95 at 16.7. The search is what is left of the mean.
 - tokens per crawl: mean 8,889, median 5,749, 0.75 at 11,167, 0.95 at 28,372. A log-normal factor per crawl times one
   per page; how the variance divides between the two is a guess.

@@ -1,8 +1,9 @@
-"""Plays a trace to the SDK in real time, and takes the time from the last piece of each context to its answer.
+"""Plays a trace to the SDK in real time, and takes the time from the close of each context to its answer.
 
 Two ways: `streamed` passes each event on as it comes; `waited` sends nothing before the close, then all text at once
 and the query, as a program does that knows no open contexts. The clock of a context starts when the close is due, in
-both ways: it contains what calls before it were late by.
+both ways: it contains what calls before it were late by. That is the arrival of the last piece where the question comes
+with it, as in crawls; in retrievals the last list stands for some three seconds before the close.
 
 Run as a script it plays a trace in both ways in turn, each time under a cache salt of its own so that no run finds what
 another has computed, and prints what each took and the ratios. Contexts that failed in one way or the other are in no
@@ -84,7 +85,7 @@ class Played:
     Attributes:
         context: Its name in the trace.
         late_s: Time that it waited for the end of others before it began.
-        first_token_s: From the arrival of the last piece to the first token; None without an answer.
+        first_token_s: From when the close was due to the first token; None without an answer.
         total_s: From there to the end of the answer; None without one.
         output_tokens: Tokens of the answer.
         text: The answer; empty without one.

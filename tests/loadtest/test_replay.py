@@ -1,4 +1,4 @@
-"""The replay keeps a trace's times, counts from the last piece on, and ends whatever contexts do."""
+"""The replay keeps a trace's times, counts from the close on, and ends whatever contexts do."""
 
 import asyncio
 import io
@@ -60,7 +60,7 @@ def test_streamed_events_come_at_their_times(replay, run, fake_sdk, crawl):
     ]
 
 
-def test_waited_text_comes_at_once_with_the_last_piece(replay, run, fake_sdk, crawl):
+def test_waited_text_comes_at_once_with_the_close(replay, run, fake_sdk, crawl):
     client = fake_sdk()
     run(replay.replay(client, crawl(), replay.Way.WAITED, replay.Pace(scale=0.5)))
     assert client.calls == [
@@ -90,7 +90,7 @@ def test_a_search_that_waits_is_one_update(replay, run, fake_sdk, search):
 
 
 @pytest.mark.parametrize(("way", "first_s"), [("streamed", 1.1), ("waited", 2.1)])
-def test_time_counts_from_the_last_piece(replay, run, fake_sdk, crawl, way, first_s):
+def test_time_counts_from_the_close(replay, run, fake_sdk, crawl, way, first_s):
     client = fake_sdk(byte_s=0.01, token_s=0.25)
     found = run(replay.replay(client, crawl(), replay.Way(way)))
     (played,) = found.played
@@ -104,6 +104,12 @@ def test_time_counts_from_the_last_piece(replay, run, fake_sdk, crawl, way, firs
 def test_a_call_that_takes_long_counts_from_when_the_close_was_due(replay, run, fake_sdk, crawl):
     found = run(replay.replay(fake_sdk(call_s=5.0), crawl(), replay.Way.STREAMED))
     assert found.played[0].first_token_s == pytest.approx(1.0 + 2 * 5.0 - 4.0)
+
+
+@pytest.mark.parametrize(("way", "first_s"), [("streamed", 0.06), ("waited", 1.06)])
+def test_a_close_long_after_the_last_piece_is_where_time_counts_from(replay, run, fake_sdk, search, way, first_s):
+    found = run(replay.replay(fake_sdk(byte_s=0.01), search, replay.Way(way)))
+    assert found.played[0].first_token_s == pytest.approx(first_s)
 
 
 def test_options_take_the_place_of_the_trace_s_own(replay, run, fake_sdk, crawl):
