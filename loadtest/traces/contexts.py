@@ -261,8 +261,8 @@ class Contents:
                 self._replace(None, event.segments)
             case Close():
                 self._is_over = True
-                if not any(isinstance(part, Tokens) for parts in self._parts.values() for part in parts):
-                    self.segments()
+                for parts in self._parts.values():
+                    _joined(_stand_in(part) for part in parts)
             case Abandon():
                 self._is_over = True
             case Checkpoint():
@@ -311,6 +311,11 @@ class Contents:
         if name in self._parts:
             raise ValueError(f"segment {name!r} is there already; only the last one grows")
         self._parts[name] = []
+
+
+def _stand_in(part: Text) -> Text:
+    """Return a short text for one of which only the length is known."""
+    return "x" * min(1, part.number) if isinstance(part, Tokens) else part
 
 
 def _joined(parts: Iterable[Text]) -> str:

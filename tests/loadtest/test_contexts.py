@@ -171,6 +171,14 @@ def test_a_line_that_is_no_event_is_named(contexts, read, line):
             ],
         ),
         (
+            "invalid continuation",
+            [
+                '{"op":"append","at_s":1,"context":"a","text":{"kind":"bytes","utf8":"ww=="}}',
+                '{"op":"append","at_s":1,"context":"a","text":{"kind":"tokens","number":9}}',
+                '{"op":"close","at_s":1,"context":"a"}',
+            ],
+        ),
+        (
             "update mode only",
             [
                 '{"op":"open","at_s":1,"context":"b","mode":"append"}',
