@@ -39,6 +39,8 @@ class Recorder:
     cancelled is, since it was sent, unless it still waited for another change of its context. A close is told when the
     first piece of the answer is there. Contexts are named 1, 2, ... in the order in which they were asked for.
 
+    A trace is a week at most (contexts.MOST_S): a recorder that is older raises ValueError at every call.
+
     What else the client has is the client's own, and not in the trace. The client is entered and left by its owner.
 
     Args:
