@@ -176,3 +176,20 @@ def test_a_cost_model_that_says_nothing_orders_by_use():
     free = CostModel(step_s=1.0, prompt_s=0.0, token_s=0.0, pair_s=0.0, decode_s=0.0, context_s=0.0)
     ledger = ledger_with(lambda room: ByValue(free, block_tokens=16, num_blocks=room), 2, "a", "b")
     assert put(ledger, "c") == ["a"]
+
+
+@every_order
+def test_memory_is_bounded_however_often_blocks_are_used_and_whoever_owned_them(make):
+    def num_held(order):
+        parts = [value for value in vars(order).values() if hasattr(value, "__len__")]
+        return sum(len(part) for part in parts) + sum(len(heap) for heap in getattr(order, "_heaps", {}).values())
+
+    order = make(6)
+    ledger = BlockLedger(6, order)
+    for number in range(5000):
+        put(ledger, "abc"[: number % 3 + 1])
+        put(ledger, "xy", tenant=f"tenant-{number}")
+        ledger.forget_of(f"tenant-{number}")
+        ledger.forget_of(f"tenant-{number}")
+    ledger.verify()
+    assert num_held(order) < 200
