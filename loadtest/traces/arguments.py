@@ -1,7 +1,11 @@
-"""Types of arguments of the command line: what they raise, argparse says and exits with 2."""
+"""What the command lines of generators share: types of arguments, and what becomes of a trace. Bad ones exit with 2."""
 
 import argparse
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from contexts import Event, write
 
 
 def positive(text: str) -> float:
@@ -24,3 +28,21 @@ def at_least_one(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"not a whole number of 1 or more: {text!r}")
     return number
+
+
+def deliver(
+    parser: argparse.ArgumentParser,
+    trace: Path | None,
+    generate: Callable[[], tuple[Event, ...]],
+    figures: Callable[[tuple[Event, ...]], Mapping[str, float]],
+) -> None:
+    """Generate a trace and write it, or print its figures if there is no file to write."""
+    try:
+        events = generate()
+        if trace is not None:
+            write(trace, events)
+            return
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name, value in figures(events).items():
+        print(f"{name}: {value:,.3f}")

@@ -29,8 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from arguments import at_least_one, positive
-from contexts import Append, Close, Event, Open, by_context, in_order, write
+from arguments import at_least_one, deliver, positive
+from contexts import Append, Close, Event, Open, by_context, in_order
 from corpus import CHARACTERS_PER_TOKEN, Corpus, english, question
 from distributions import LogNormal, arrivals, mean_and_percentiles
 
@@ -137,15 +137,12 @@ def main() -> None:
     options = parser.parse_args()
     asked: GenerateOptions = {"max_tokens": options.max_tokens, "temperature": 0.0}
     shape = Shape(scale=options.scale, most_tokens=options.most_tokens, options=asked)
-    try:
-        events = generate(options.seed, options.contexts, options.per_s, shape, english())
-        if options.trace:
-            write(options.trace, events)
-            return
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    for name, value in figures(events).items():
-        print(f"{name}: {value:,.3f}")
+    deliver(
+        parser,
+        options.trace,
+        lambda: generate(options.seed, options.contexts, options.per_s, shape, english()),
+        figures,
+    )
 
 
 if __name__ == "__main__":

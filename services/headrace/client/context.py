@@ -344,4 +344,7 @@ class AsyncContextAnswer:
 
 def _text(text: str, field: str) -> str:
     """Return a text that can be sent; raises InvalidRequest for another."""
-    return messages.utf8(text, field).decode()
+    try:
+        return messages.utf8(text, field).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{field} cannot be sent: {error}", field=field) from None

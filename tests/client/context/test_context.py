@@ -232,6 +232,7 @@ async def test_a_close_that_is_refused_can_be_tried_again(place):
         (lambda context: context.update([(5, "x")]), "segments[0].id"),
         (lambda context: context.update([("a", "\ud800")]), "segments[0].text"),
         (lambda context: anext(context.close("\ud800")), "query"),
+        (lambda context: anext(context.close(b"\xff")), "query"),
         (lambda context: context.append(b"\xff"), "append.text"),
         (lambda context: context.replace("z", []), "replace.from_segment_id"),
     ],
