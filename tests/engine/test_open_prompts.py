@@ -9,7 +9,6 @@ from headrace.core.request import Revision
 from headrace.engine.messages import Goal, Progress, Quarantine, Revise, Unpin
 from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed
 from headrace.errors import InternalError, InvalidRequest
-from headrace.seams.preempt import PreemptContext
 from headrace.techniques.stream2llm.order import make_order
 from headrace.techniques.stream2llm.preempt import PreemptByCost, SwapAlways
 
@@ -506,7 +505,7 @@ class Script:
 @pytest.mark.parametrize("order", ["fcfs", "lcas", "mcps", "default"])
 @pytest.mark.parametrize(
     "preempt",
-    [RECOMPUTE_ALWAYS, SwapAlways(), PreemptByCost(PreemptContext(cost=COST))],
+    [RECOMPUTE_ALWAYS, SwapAlways(), PreemptByCost(COST)],
     ids=["recompute", "swap", "auto"],
 )
 def test_any_script_has_the_tokens_of_its_final_prompts(make_client, reference, prompt_of, order, preempt):

@@ -12,7 +12,6 @@ from headrace.core.cost import CostModel
 from headrace.engine.scheduler import RECOMPUTE_ALWAYS, FirstComeFirstServed
 from headrace.engine.sequence import Sequence
 from headrace.engine.swap import HostSwap
-from headrace.seams.preempt import PreemptContext
 from headrace.techniques.stream2llm.order import make_order
 from headrace.techniques.stream2llm.preempt import PreemptByCost, SwapAlways
 from headrace.testing.fleet import open_fleet
@@ -219,7 +218,7 @@ COST = CostModel(step_s=1e-4, prompt_s=0.0, token_s=1e-6, pair_s=0.0, decode_s=0
 POLICIES = {
     "default, recompute": (FirstComeFirstServed, RECOMPUTE_ALWAYS),
     "fcfs, swap": (partial(make_order, "fcfs"), SwapAlways()),
-    "lcas, auto": (partial(make_order, "lcas"), PreemptByCost(PreemptContext(cost=COST, always_saves=False))),
+    "lcas, auto": (partial(make_order, "lcas"), PreemptByCost(COST)),
     "mcps, swap": (partial(make_order, "mcps"), SwapAlways()),
 }
 PRESSED = [

@@ -1,5 +1,7 @@
 """KV of preempted sequences in host memory, and what copying it costs."""
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +15,15 @@ from headrace.engine.batch import Runner
 NUM_TRIAL_BLOCKS = 8
 """Blocks copied to measure at the start: enough to see a rate, few enough to take no time."""
 
-SPEED_WEIGHT = 0.25
-"""Weight of the last copy in the measured speed: one that met a busy machine moves it by a quarter."""
+NUM_TRIALS = 5
+"""Copies at the start, of which the fastest counts: whatever else starts on this machine only makes them slower."""
+
+NUM_LAST = 7
+"""Copies whose median is the speed: a few that met a busy machine change nothing."""
+
+FORGOTTEN_S = 10.0
+"""From when on the speed of the last copies counts no more. Who finds copies too slow makes none, and would never learn
+that they are fast again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +37,31 @@ class SavedKv:
 
     places: tuple[int, ...]
     num_tokens: int
+
+
+class _Speed:
+    """Seconds that copying a block takes in one direction.
+
+    Args:
+        first_s: What is known before any copy, and when those there were are forgotten.
+    """
+
+    def __init__(self, first_s: float) -> None:
+        self._first_s = first_s
+        self._last: deque[float] = deque(maxlen=NUM_LAST)
+        self._noted_s = 0.0
+
+    def at(self, now_s: float) -> float:
+        """Return the seconds a block takes now."""
+        if now_s - self._noted_s >= FORGOTTEN_S:
+            self._last.clear()
+        return statistics.median_low((self._first_s, *self._last))
+
+    def note(self, seconds: float, num_blocks: int, now_s: float) -> None:
+        """Take a copy into account that ended now."""
+        self.at(now_s)
+        self._last.append(seconds / num_blocks)
+        self._noted_s = now_s
 
 
 class HostSwap:
@@ -47,7 +81,7 @@ class HostSwap:
         self._runner = runner
         self._clock = clock
         self._free = list(range(num_blocks))
-        self._save_s = self._load_s = 0.0
+        self._save, self._load = _Speed(0.0), _Speed(0.0)
         self._memory = torch.empty((0, 0), dtype=torch.uint8)
         if num_blocks:
             trial = [BlockId(index) for index in range(min(NUM_TRIAL_BLOCKS, num_blocks, pool_blocks))]
@@ -59,21 +93,23 @@ class HostSwap:
 
     def view(self) -> SwapView:
         """Return what a policy may know."""
-        return SwapView(num_free_blocks=len(self._free), save_s=self._save_s, load_s=self._load_s)
+        now_s = self._clock.now()
+        return SwapView(num_free_blocks=len(self._free), save_s=self._save.at(now_s), load_s=self._load.at(now_s))
 
     def save(self, blocks: Sequence[BlockId], num_tokens: int) -> SavedKv:
         """Copy blocks out; there must be room for them."""
         begun_s = self._clock.now()
         saved = SavedKv(places=self._put(blocks), num_tokens=num_tokens)
-        self._save_s = _moved(self._save_s, self._clock.now() - begun_s, len(blocks))
+        self._note(self._save, begun_s, len(blocks))
         return saved
 
     def load(self, saved: SavedKv, first: int, blocks: Sequence[BlockId]) -> None:
         """Copy saved blocks back, from the one with index `first` on, as many as `blocks` are given."""
-        if blocks:
-            begun_s = self._clock.now()
-            self._get(saved.places[first : first + len(blocks)], blocks)
-            self._load_s = _moved(self._load_s, self._clock.now() - begun_s, len(blocks))
+        if not blocks:
+            return
+        begun_s = self._clock.now()
+        self._get(saved.places[first : first + len(blocks)], blocks)
+        self._note(self._load, begun_s, len(blocks))
 
     def drop(self, saved: SavedKv) -> None:
         """Give the memory of saved blocks back; once."""
@@ -89,15 +125,17 @@ class HostSwap:
 
     def _measure(self, blocks: Sequence[BlockId]) -> None:
         """Copy blocks that nobody uses yet out and back."""
-        for _ in range(2):  # The first touches memory for the first time.
+        save_s, load_s = [], []
+        for _ in range(NUM_TRIALS):
             begun_s = self._clock.now()
             places = self._put(blocks)
             put_s = self._clock.now()
             self._get(places, blocks)
-            self._save_s = (put_s - begun_s) / len(blocks)
-            self._load_s = (self._clock.now() - put_s) / len(blocks)
+            save_s.append((put_s - begun_s) / len(blocks))
+            load_s.append((self._clock.now() - put_s) / len(blocks))
             self._free.extend(places)
+        self._save, self._load = _Speed(min(save_s)), _Speed(min(load_s))
 
-
-def _moved(known_s: float, seconds: float, num_blocks: int) -> float:
-    return known_s + SPEED_WEIGHT * (seconds / num_blocks - known_s) if num_blocks else known_s
+    def _note(self, speed: _Speed, begun_s: float, num_blocks: int) -> None:
+        now_s = self._clock.now()
+        speed.note(now_s - begun_s, num_blocks, now_s)

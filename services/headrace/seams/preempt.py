@@ -12,7 +12,7 @@ class PreemptContext:
     """What a preemption policy is made with.
 
     Attributes:
-        cost: What steps cost on this instance; None if that was not measured.
+        cost: What steps cost on this instance; None if that was not measured, or too badly to go by.
         always_saves: Whether everything is kept in host memory that has room there.
     """
 

@@ -47,5 +47,5 @@ def test_what_the_next_revision_throws_away_need_not_be_computed_again():
     assert saves(0.5, 0.5, is_open=False, kept_share=0.1)
 
 
-def test_without_a_cost_model_everything_is_computed_again():
-    assert not saves(0.0, 0.0, cost=None)
+def test_without_a_cost_model_everything_is_copied():
+    assert saves(0.0, 0.0, cost=None)

@@ -14,7 +14,9 @@ def _order(name: str) -> OrderPolicy:
 def _preempt(context: PreemptContext) -> PreemptPolicy:
     from headrace.techniques.stream2llm.preempt import PreemptByCost, SwapAlways
 
-    return SwapAlways() if context.always_saves else PreemptByCost(context)
+    if context.always_saves or context.cost is None:
+        return SwapAlways()  # Computing again takes several times as long as a copy wherever it was measured.
+    return PreemptByCost(context.cost)
 
 
 TECHNIQUE = Technique(

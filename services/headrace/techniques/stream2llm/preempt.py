@@ -1,8 +1,8 @@
 """Recompute or copy to host memory: whichever is expected to cost less."""
 
 from headrace.core.block import blocks_for
+from headrace.core.cost import CostModel
 from headrace.core.plan import SchedulerView, SequenceView
-from headrace.seams.preempt import PreemptContext
 
 
 class PreemptByCost:
@@ -12,16 +12,14 @@ class PreemptByCost:
     revisions say: a stream that replaces most of its context each time is not worth a copy.
 
     Args:
-        context: Without a cost model everything is computed again.
+        cost: What steps cost on this instance.
     """
 
-    def __init__(self, context: PreemptContext) -> None:
-        self._cost = context.cost
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
 
     def saves(self, victim: SequenceView, view: SchedulerView) -> bool:
         """Return whether copying out and back takes less time than computing again."""
-        if self._cost is None:
-            return False
         num_needed = victim.num_computed
         if victim.is_open:
             num_needed = round(num_needed * victim.kept_share)
@@ -32,7 +30,7 @@ class PreemptByCost:
 
 
 class SwapAlways:
-    """Copies everything that fits: a baseline of the benchmark."""
+    """Copies everything that fits: a baseline, and what to do where costs are not known."""
 
     def saves(self, victim: SequenceView, view: SchedulerView) -> bool:
         """Return True."""
