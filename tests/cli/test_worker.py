@@ -13,7 +13,7 @@ from headrace.cli.worker import build, build_machine, in_own_thread, step_cost
 from headrace.clock import VirtualClock
 from headrace.core.block import KvLayout
 from headrace.core.cost import CostModel, chunk_work, decode_work
-from headrace.core.plan import SchedulerView, SequenceView
+from headrace.core.plan import SchedulerView, SequenceView, SwapView
 from headrace.engine.arena import KvArena
 from headrace.engine.calibrate import CHECKED, CHECKS, PROBES, blocks_wanted, probes_for
 from headrace.engine.cores import Cores
@@ -90,13 +90,15 @@ def test_a_worker_ranks_and_preempts_as_its_settings_say(settings, order, saves)
     assert policies.preempt.saves(victim, view) is saves
 
 
-def test_an_unsound_cost_swaps_nothing():
+def test_an_unsound_cost_is_not_gone_by():
     victim = SequenceView(
         sequence_id="s", arrival=0, num_tokens=4000, num_computed=4000, num_blocks=250, is_running=True
     )
-    view = SchedulerView(num_available=0, block_tokens=16, num_layers=1, token_budget=512, max_running=1)
+    slow = SwapView(num_free_blocks=1000, save_s=100.0, load_s=100.0)
+    view = SchedulerView(num_available=0, block_tokens=16, num_layers=1, token_budget=512, max_running=1, swap=slow)
+    assert not make_preempt(Preempt.AUTO, COST).saves(victim, view)
     for cost in (None, dataclasses.replace(COST, r2=0.5)):
-        assert not make_preempt(Preempt.AUTO, cost).saves(victim, view)
+        assert make_preempt(Preempt.AUTO, cost).saves(victim, view)
 
 
 def test_int4_is_an_error_where_auto_would_be_bf16(tmp_path):
